@@ -1,0 +1,55 @@
+"""attend: checks shapes, resolves the back-end, runs it."""
+
+import torch
+from torch import Tensor
+
+from xattn.errors import ConfigError
+from xattn.ops.backends import Call, resolve
+from xattn.ops.layout import Layout
+from xattn.shapes import sizes
+from xattn.spec.model import AttentionSpec
+
+
+def attend(
+    q_bhid: Tensor,
+    k_bgjd: Tensor,
+    v_bgjd: Tensor,
+    *,
+    spec: AttentionSpec,
+    layout: Layout | None = None,
+    key_layout: Layout | None = None,
+    sink_logits_h: Tensor | None = None,
+    training: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of queries over keys and values, with everything the spec says, on the back-end that can.
+
+    Args:
+        q_bhid: queries (b h i d), not yet rotated. k_bgjd, v_bgjd: keys and values (b g j d), g = kv_heads.
+        layout: where the queries stand; default: tokens 0 to i - 1 of one document.
+        key_layout: where the keys stand; default: the queries' layout.
+        sink_logits_h: the learned sinks (h,), exactly when the spec has sink_logits.
+        training: whether attn_dropout drops.
+        backend: "auto" or a back-end's name.
+    Returns:
+        out (b h i d).
+    Raises:
+        ShapeError: sizes that disagree. ConfigError: sink_logits_h without the flag, or the reverse.
+        UnsupportedFeature: no back-end, or not the named one, can serve the call.
+    """
+    layout = Layout.plain(q_bhid.shape[2], q_bhid.device) if layout is None else layout
+    key_layout = layout if key_layout is None else key_layout
+    known = {"h": spec.heads, "g": spec.kv_heads, "d": spec.dim_head, "i": layout.n, "j": key_layout.n}
+    batch = sizes(known, q=(q_bhid, "b h i d"), k=(k_bgjd, "b g j d"), v=(v_bgjd, "b g j d"))["b"]
+    if spec.sink_logits != (sink_logits_h is not None):
+        raise ConfigError(
+            "the spec has sink_logits: pass sink_logits_h" if spec.sink_logits
+            else "sink_logits_h has no effect: the spec has no sink_logits"
+        )  # fmt: skip
+    call = Call(
+        spec=spec, layout_i=layout, layout_j=key_layout, batch=batch, dtype=q_bhid.dtype, device=q_bhid.device
+    )
+    return resolve(call, backend).run(
+        q_bhid, k_bgjd, v_bgjd, spec=spec, layout_i=layout, layout_j=key_layout, sink_logits_h=sink_logits_h,
+        dropout_p=spec.attn_dropout if training else 0.0,
+    )  # fmt: skip

@@ -1,0 +1,149 @@
+"""Who can compute what: a back-end names the features it honours; the resolver compares, and never drops one."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from xattn.errors import UnsupportedFeature, unknown
+from xattn.ops import sdpa
+from xattn.ops.layout import Layout
+from xattn.ops.reference import reference
+from xattn.spec.features import features
+from xattn.spec.model import AttentionSpec
+
+GIB = 2**30
+_dense_limit = 4 * GIB
+
+
+@contextmanager
+def dense_limit(limit_bytes: int):
+    """Within this context, n x n logits or masks of one layer may take up to limit_bytes (default 4 GiB)."""
+    global _dense_limit
+    before, _dense_limit = _dense_limit, limit_bytes
+    try:
+        yield
+    finally:
+        _dense_limit = before
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """One call of attention, as far as a back-end may care."""
+
+    spec: AttentionSpec
+    layout_i: Layout
+    layout_j: Layout
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What the call asks beyond the spec."""
+        found = set()
+        if self.layout_i is not self.layout_j:
+            found.add("cross_length")
+        for layout in (self.layout_i, self.layout_j):
+            if layout.kind == "free":
+                found.add("free_positions")
+            if layout.doc_bn is not None:
+                found.add("documents")
+            elif layout.kind == "runs":
+                found.add("padding")
+        return frozenset(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A way to compute attention.
+
+    supports: features it honours, or None for all that exist. limits: reasons why a call is out of its reach.
+    run: (q, k, v, *, spec, layout_i, layout_j, sink_logits_h, dropout_p) -> out.
+    """
+
+    name: str
+    supports: frozenset[str] | None
+    limits: Callable[[Call], list[str]]
+    run: Callable[..., Tensor]
+
+    def missing(self, wanted: frozenset[str]) -> list[str]:
+        """Features wanted that this back-end does not honour."""
+        return [] if self.supports is None else sorted(wanted - self.supports)
+
+
+def _dense(what: str, size: int) -> list[str]:
+    if size <= _dense_limit:
+        return []
+    return [
+        f"would hold {what} of {size / GIB:.1f} GiB a layer, above the limit of {_dense_limit / GIB:.1f} GiB; "
+        "allow it with xattn.dense_limit(bytes)"
+    ]
+
+
+def _reference_limits(call: Call) -> list[str]:
+    itemsize = max(4, call.dtype.itemsize)
+    return _dense("n x n logits", call.batch * call.spec.heads * call.layout_i.n * call.layout_j.n * itemsize)
+
+
+def _sdpa_limits(call: Call) -> list[str]:
+    return _dense("an n x n mask", sdpa.mask_bytes(call.spec, call.layout_i, call.layout_j, call.dtype.itemsize))
+
+
+def _run_reference(*tensors: Tensor, **call: object) -> Tensor:
+    return reference(*tensors, **call)[0]
+
+
+REFERENCE = Backend(name="reference", supports=None, limits=_reference_limits, run=_run_reference)
+SDPA = Backend(name="sdpa", supports=sdpa.SUPPORTS, limits=_sdpa_limits, run=sdpa.run)
+# in the order in which auto asks them
+BACKENDS: tuple[Backend, ...] = (SDPA, REFERENCE)
+
+
+def named(name: str) -> Backend:
+    """The back-end of that name. Raises UnsupportedFeature for an unknown one."""
+    by_name = {backend.name: backend for backend in BACKENDS}
+    if name not in by_name:
+        raise UnsupportedFeature(unknown("attn_backend", name, ["auto", *by_name]))
+    return by_name[name]
+
+
+@lru_cache(maxsize=4096)
+def rejected(spec: AttentionSpec, call_features: frozenset[str] = frozenset()) -> dict[str, str]:
+    """Why each back-end that cannot serve the spec cannot: name -> reason."""
+    wanted = features(spec) | call_features
+    missing = {backend.name: backend.missing(wanted) for backend in BACKENDS}
+    return {name: f"does not implement {', '.join(names)}" for name, names in missing.items() if names}
+
+
+def choose(spec: AttentionSpec, name: str = "auto") -> Backend:
+    """The back-end that a layer will run on, as far as its spec says; `resolve` adds what only a call knows.
+
+    Raises:
+        UnsupportedFeature: the named back-end lacks a feature; the message lists all, and who could serve the layer.
+    """
+    reasons = rejected(spec)
+    able = [backend for backend in BACKENDS if backend.name not in reasons]
+    if name == "auto":
+        return able[0]
+    if (chosen := named(name)).name in reasons:
+        could = ", ".join(backend.name for backend in able)
+        raise UnsupportedFeature(f"attn_backend='{name}' {reasons[name]}; use attn_backend='auto' or one of: {could}")
+    return chosen
+
+
+def resolve(call: Call, name: str = "auto") -> Backend:
+    """The back-end that runs this very call. Raises UnsupportedFeature when the named one, or every one, cannot."""
+    reasons = dict(rejected(call.spec, call.features))
+    able = []
+    for backend in BACKENDS if name == "auto" else (named(name),):
+        if backend.name not in reasons:
+            limits = backend.limits(call)
+            if not limits:
+                return backend
+            reasons[backend.name] = "; ".join(limits)
+        able.append(backend.name)
+    raise UnsupportedFeature("; ".join(f"attn_backend '{n}' {reasons[n]}" for n in able))

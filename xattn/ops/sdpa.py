@@ -1,0 +1,216 @@
+"""Back-end over torch's scaled_dot_product_attention: fused where torch has a kernel, blocked where a window allows.
+
+Three plans: plain (torch's causal or full kernel, memory linear), blocked (a window as blocks that see their neighbours,
+memory n x 2W), masked (one dense mask). Letters: t blocks, c queries a block, l keys a block.
+"""
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from xattn.ops.layout import Layout
+from xattn.spec.model import AttentionSpec
+from xattn.spec.positions import Rope
+
+SUPPORTS = frozenset(
+    "causal bidirectional kv_heads attn_dropout padding documents free_positions cross_length "
+    "rotary_pos_emb rotary_base rotary_emb_dim rope_scaling rope_scaling_factor rope_original_len "
+    "alibi_pos_bias sliding_window sink_tokens sink_logits".split()
+)
+# GPU kernels take head widths in multiples of 8
+SINK_COLUMNS = 8
+
+
+def plan(spec: AttentionSpec, layout_i: Layout, layout_j: Layout) -> str:
+    """Which of the three plans serves the call: plain, blocked or masked."""
+    window, n = spec.pattern.sliding_window, layout_i.n
+    own = layout_i is layout_j
+    if not spec.score and own and layout_i.kind == "plain" and (window is None or window >= n):
+        return "plain"
+    # sinks of packed or padded rows are not in the first slots
+    sinks_in_front = spec.pattern.sink_tokens == 0 or layout_i.kind == "plain"
+    seen = (1 if spec.pattern.causal else 2) * (window or n)
+    if own and layout_i.kind != "free" and sinks_in_front and seen < n:
+        return "blocked"
+    return "masked"
+
+
+def run(
+    q_bhid: Tensor,
+    k_bgjd: Tensor,
+    v_bgjd: Tensor,
+    *,
+    spec: AttentionSpec,
+    layout_i: Layout,
+    layout_j: Layout,
+    sink_logits_h: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention as `reference` defines it; out (b h i d). Masks and rotary tables are made once for each layout."""
+    scale = spec.scale
+    if isinstance(spec.positions, Rope):
+        scale *= spec.positions.temperature
+        q_bhid, k_bgjd = (_rotated(x, spec.positions, at) for x, at in ((q_bhid, layout_i), (k_bgjd, layout_j)))
+    dim_head = q_bhid.shape[-1]
+    if sink_logits_h is not None:
+        q_bhid = torch.cat([q_bhid, _sink_query(q_bhid, sink_logits_h / scale)], dim=-1)
+        k_bgjd, v_bgjd = pad(k_bgjd, (0, SINK_COLUMNS)), pad(v_bgjd, (0, SINK_COLUMNS))
+    chosen = {"plain": _plain, "blocked": _blocked, "masked": _masked}[plan(spec, layout_i, layout_j)]
+    out = chosen(
+        q_bhid, k_bgjd, v_bgjd, spec=spec, layout_i=layout_i, layout_j=layout_j,
+        sink=sink_logits_h is not None, scale=scale, dropout_p=dropout_p,
+    )  # fmt: skip
+    return out[..., :dim_head]
+
+
+def mask_bytes(spec: AttentionSpec, layout_i: Layout, layout_j: Layout, itemsize: int) -> int:
+    """Bytes of the largest mask that the call would hold."""
+    heads_and_size = spec.heads * itemsize if spec.score else 1
+    rows = layout_i.pos_bn.shape[0] * layout_i.n * heads_and_size
+    chosen = plan(spec, layout_i, layout_j)
+    return {"plain": 0, "masked": rows * layout_j.n, "blocked": rows * 3 * (spec.pattern.sliding_window or 0)}[chosen]
+
+
+def _rotated(x_bhnd: Tensor, rope: Rope, layout: Layout) -> Tensor:
+    dim_head, dtype = x_bhnd.shape[-1], x_bhnd.dtype
+    table = layout.memo(("rope", rope, dim_head, dtype), lambda: rope.table(layout.pos_bn, dim_head, dtype))
+    return rope.rotate(x_bhnd, table)
+
+
+def _sink_query(q_bhid: Tensor, value_h: Tensor) -> Tensor:
+    """Extra query columns whose product with the sink's key is the sink logit, and with any other key zero."""
+    column = repeat(value_h.to(q_bhid.dtype), "h -> b h i 1", b=q_bhid.shape[0], i=q_bhid.shape[2])
+    return pad(column, (0, SINK_COLUMNS - 1))
+
+
+def _with_sink(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (... j d) with the sink in front: its key answers only the extra column, its value is zero."""
+    sink_k = torch.zeros_like(k[..., :1, :])
+    sink_k[..., k.shape[-1] - SINK_COLUMNS] = 1.0
+    return torch.cat([sink_k, k], dim=-2), torch.cat([torch.zeros_like(v[..., :1, :]), v], dim=-2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float, dropout_p: float) -> Tensor:
+    """torch's attention with keys and values shared by groups of query heads."""
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec, layout_i: Layout, layout_j: Layout, sink: bool, scale: float,
+    dropout_p: float,
+) -> Tensor:  # fmt: skip
+    causal = spec.pattern.causal
+    if sink:
+        k, v = _with_sink(k, v)
+        if causal:
+            # torch's causal mask is square: a dummy first query keeps the diagonal where it was
+            q = torch.cat([torch.zeros_like(q[:, :, :1]), q], dim=2)
+    out = _attend(q, k, v, mask=None, causal=causal, scale=scale, dropout_p=dropout_p)
+    return out[:, :, 1:] if sink and causal else out
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec, layout_i: Layout, layout_j: Layout, sink: bool, scale: float,
+    dropout_p: float,
+) -> Tensor:  # fmt: skip
+    key = ("mask", spec.pattern, spec.positions, spec.score, spec.heads, q.dtype, sink, id(layout_j))
+    mask, seen = layout_i.memo(
+        key,
+        lambda: _mask(
+            spec, layout_i.pos_bn, layout_j.pos_bn, layout_i.doc_bn, layout_j.doc_bn, sink=sink, dtype=q.dtype
+        ),
+    )
+    if sink:
+        k, v = _with_sink(k, v)
+    out = _attend(q, k, v, mask=mask, causal=False, scale=scale, dropout_p=dropout_p)
+    return out.masked_fill(~seen, 0.0)
+
+
+def _mask(
+    spec: AttentionSpec,
+    pos_bi: Tensor,
+    pos_bj: Tensor,
+    doc_bi: Tensor | None,
+    doc_bj: Tensor | None,
+    *,
+    sink: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """torch's mask (b 1|h i j), bool or additive, and which queries see anything (b 1 i 1).
+
+    A query that sees nothing is let see everything, so that no kernel divides by zero; the caller blanks its output.
+    """
+    allowed_bij = spec.pattern.allowed(pos_bi, pos_bj, doc_bi, doc_bj)
+    seen = allowed_bij.any(dim=-1)[:, None, :, None]
+    mask = allowed_bij[:, None] | ~seen
+    if spec.score:
+        zeros = torch.zeros(1, spec.heads, 1, 1, dtype=torch.promote_types(dtype, torch.float32), device=mask.device)
+        distance_bij = spec.positions.distance(pos_bi, pos_bj)
+        for part in spec.score:
+            zeros = part.modify(zeros, distance_bij)
+        mask = zeros.masked_fill(~mask, float("-inf")).to(dtype)
+    if sink:
+        mask = pad(mask, (1, 0), value=0.0 if spec.score else True)
+    return mask, seen
+
+
+def _blocked(
+    q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec, layout_i: Layout, layout_j: Layout, sink: bool, scale: float,
+    dropout_p: float,
+) -> Tensor:  # fmt: skip
+    b, n = q.shape[0], q.shape[2]
+    window, sinks, back_only = spec.pattern.sliding_window, spec.pattern.sink_tokens, spec.pattern.causal
+    c, behind, ahead = _block_sizes(window, back_only)
+    key = ("blocks", spec.pattern, spec.positions, spec.score, spec.heads, q.dtype, sink, b)
+    mask, seen = layout_i.memo(key, lambda: _block_mask(spec, layout_i, b=b, sink=sink, dtype=q.dtype))
+
+    q = rearrange(pad(q, (0, 0, 0, -n % c)), "b h (t c) d -> (b t) h c d", c=c)
+    blocks = [_blocks(x, c, behind, ahead) for x in (k, v)]
+    if sinks:
+        blocks = [
+            torch.cat([repeat(x[:, :, :sinks], "b g s d -> (b t) g s d", t=t.shape[0] // b), t], dim=2)
+            for x, t in zip((k, v), blocks, strict=True)
+        ]
+    k, v = _with_sink(*blocks) if sink else blocks
+    out = _attend(q, k, v, mask=mask, causal=False, scale=scale, dropout_p=dropout_p)
+    return rearrange(out.masked_fill(~seen, 0.0), "(b t) h c d -> b h (t c) d", b=b)[:, :, :n]
+
+
+def _block_sizes(window: int, back_only: bool) -> tuple[int, int, int]:
+    """Queries a block, and keys before and after it that the block needs."""
+    c = max(window, 16)
+    # kernels like key counts in multiples of 8, and the window says who is too far anyway
+    reach = -(-(window - 1) // 8) * 8
+    return c, reach, 0 if back_only else reach
+
+
+def _blocks(x_bgnd: Tensor, c: int, behind: int, ahead: int, value: float = 0) -> Tensor:
+    """Overlapping stretches ((b t) g l d): each block of c slots with the slots behind and ahead of it."""
+    n = x_bgnd.shape[2]
+    padded = pad(x_bgnd, (0, 0, behind, -n % c + ahead), value=value)
+    return rearrange(padded.unfold(2, behind + c + ahead, c), "b g t d l -> (b t) g l d")
+
+
+def _block_mask(spec: AttentionSpec, layout: Layout, *, b: int, sink: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mask of every block ((b t) 1|h c l) and which of its queries see anything."""
+    c, behind, ahead = _block_sizes(spec.pattern.sliding_window, spec.pattern.causal)
+
+    def cut(x_bn: Tensor, before: int, after: int, empty: int) -> Tensor:
+        return _blocks(x_bn[:, None, :, None], c, before, after, empty)[:, 0, :, 0]
+
+    pos_i, pos_j = cut(layout.pos_bn, 0, 0, -1), cut(layout.pos_bn, behind, ahead, -1)
+    doc_i = doc_j = None
+    if layout.doc_bn is not None:
+        doc_i, doc_j = cut(layout.doc_bn, 0, 0, -1), cut(layout.doc_bn, behind, ahead, -1)
+    sinks = spec.pattern.sink_tokens
+    if sinks:
+        # the sinks stand in front of each block; where the stretch holds them again they must not count twice
+        pos_j = torch.where(pos_j < sinks, -1, pos_j)
+        front = torch.arange(sinks, device=pos_j.device).expand(pos_j.shape[0], -1)
+        pos_j = torch.cat([front, pos_j], dim=1)
+    mask, seen = _mask(spec, pos_i, pos_j, doc_i, doc_j, sink=sink, dtype=dtype)
+    rows = layout.pos_bn.shape[0]
+    return (mask, seen) if rows == b else (repeat(mask, "t h c l -> (b t) h c l", b=b), repeat(seen, "t x c y -> (b t) x c y", b=b))

@@ -1,0 +1,1 @@
+"""What is wanted: frozen data, each part with its meaning in plain torch."""

@@ -1,0 +1,55 @@
+"""Selection: tokens decide which earlier tokens no later token needs; their votes add up to a penalty F."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from xattn.spec.part import Flag, Part, flag, part, require
+
+
+@part(
+    switch=Flag(
+        name="attn_selective",
+        type=bool,
+        default=False,
+        help="selective attention: one head's logits hide tokens from all later ones (causal only)",
+    )
+)
+class Selection(Part):
+    """Selective attention, parameter-free.
+
+    F_ij = sum over queries k with j < k < i that see j of relu(sim[sim_head, k, j]); zero for the first token of a
+    document. F is subtracted from every head's logits, the selecting head included. It never falls as i grows.
+
+    Source: Leviathan et al., arXiv 2410.02703, figure 2. Differs: any head may select (the paper's is 0), documents and
+    padding have their own first token, and votes count only where the pattern lets a query see the key.
+    """
+
+    family: ClassVar[str] = "selection"
+
+    sim_head: int = flag(
+        int, 0, "selective attention: the head of the layer whose logits select", gate="attn_selective",
+        aliases=("attn_sim_head",),
+    )
+
+    def __post_init__(self) -> None:
+        require(self.sim_head >= 0, f"sim_head={self.sim_head} must be at least 0")
+
+    def penalty(
+        self, sim_bhij: Tensor, allowed_bij: Tensor, pos_bi: Tensor, pos_bj: Tensor, carry_bj: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The penalty F (b i j) to subtract, and the carry (b j) for the queries that come after these.
+
+        Args:
+            sim_bhij: logits after the score stage, float32 or better.
+            carry_bj: votes of all earlier queries against each key; None for none.
+        """
+        own = pos_bi[:, :, None] == pos_bj[:, None, :]
+        first = pos_bj[:, None, :] == 0
+        votes = torch.where(allowed_bij & ~own & ~first, sim_bhij[:, self.sim_head].relu(), 0.0)
+        total = votes.cumsum(dim=1)
+        carry_b1j = 0.0 if carry_bj is None else carry_bj[:, None]
+        # shifting the inclusive sum gives the exclusive one exactly; subtracting the own vote would round
+        before = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], dim=1)
+        return before + carry_b1j, total[:, -1] + (0.0 if carry_bj is None else carry_bj)
