@@ -3,10 +3,11 @@
 The table is read off the dataclasses; a flag exists because a field declares it.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from xattn.errors import ConfigError, unknown
+from xattn.errors import ConfigError, FlagWarning, unknown
 from xattn.spec.model import AttentionSpec, BlockSpec, FeedForwardSpec, LayersSpec, ModelSpec
 from xattn.spec.part import PARTS, Flag, Part, flags_of, require
 from xattn.spec.pattern import Pattern
@@ -232,7 +233,7 @@ def layer_flags(block: BlockSpec) -> dict[str, Any]:
     if found["kv_heads"] == block.attention.heads:
         del found["kv_heads"]
     found["heads"] = block.attention.heads
-    return found
+    return {name: found[name] for name in flag_table() if name in found}
 
 
 def to_flags(spec: ModelSpec | LayersSpec) -> dict[str, Any]:
@@ -253,3 +254,36 @@ def to_flags(spec: ModelSpec | LayersSpec) -> dict[str, Any]:
         flags[name] = reached[0] if same else [v if on(v) or flag.gate is None else None for v in values]
     flags |= {name: getattr(layers, name) for name, f in flags_of(LayersSpec).items() if getattr(layers, name) != f.default}
     return flags
+
+
+def merge(spec: ModelSpec, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a trained spec with some overridden; None takes one away.
+
+    Warns with `FlagWarning`, by name, about flags that change what the weights were trained for, unless they are meant
+    for inference: a window switched on afterwards, say, costs quality.
+    """
+    trained = to_flags(spec)
+    table = flag_table()
+    names = {alias: flag.name for flag in table.values() for alias in flag.aliases}
+    dropped = {names.get(name, name) for name, value in overrides.items() if value is None}
+    canonical(dict.fromkeys(overrides))
+    given = canonical(overrides)
+    if given.get("rope_scaling") == "yarn":
+        # the length the weights know, whatever max_seq_len becomes
+        given.setdefault("rope_original_len", spec.max_seq_len)
+    merged = {name: value for name, value in {**trained, **given}.items() if name not in dropped}
+    # a flag that came with the weights goes when its gate goes
+    while closed := [n for n in merged if n not in given and table[n].gate and not on(merged.get(table[n].gate))]:
+        for name in closed:
+            del merged[name]
+    changed = {
+        name: (merged.get(name, table[name].default), trained.get(name, table[name].default))
+        for name in (*given, *dropped)
+        if not table[name].inference
+    }
+    foreign = [f"{name}={now} (trained with {then})" for name, (now, then) in changed.items() if now != then]
+    if foreign:
+        warnings.warn(
+            f"the weights were not trained with {', '.join(foreign)}; expect worse predictions", FlagWarning, stacklevel=3
+        )
+    return merged

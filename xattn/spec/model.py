@@ -20,7 +20,7 @@ class AttentionSpec:
         int, None, "key and value heads, a divisor of heads (GQA; 1 is MQA; default: heads)", aliases=("attn_kv_heads",)
     )
     dim_head: int | None = flag(int, None, "width of a head (default: dim / heads)", aliases=("attn_dim_head",))
-    attn_dropout: float = flag(float, 0.0, "dropout on the attention weights while training")
+    attn_dropout: float = flag(float, 0.0, "dropout on the attention weights while training", inference=True)
     positions: NoPositions = field(default_factory=NoPositions)
     score: tuple[Score, ...] = ()
     pattern: Pattern = field(default_factory=Pattern)
@@ -98,7 +98,7 @@ class FeedForwardSpec:
     ff_glu: bool = flag(bool, False, "gated: the activation of one half multiplies the other (GEGLU; SwiGLU with ff_swish)")
     ff_swish: bool = flag(bool, False, "SiLU instead of GELU")
     ff_relu_squared: bool = flag(bool, False, "squared ReLU instead of GELU")
-    ff_dropout: float = flag(float, 0.0, "dropout after the activation while training")
+    ff_dropout: float = flag(float, 0.0, "dropout after the activation while training", inference=True)
     ff_bias: bool = flag(bool, False, "biases in the feed-forward")
 
     def __post_init__(self) -> None:
@@ -157,13 +157,13 @@ class ModelSpec:
     """A token model: embedding, stack, final norm and head."""
 
     num_tokens: int = flag(int, None, "size of the vocabulary", per_layer=False)
-    max_seq_len: int = flag(int, None, "longest sequence the model is trained at", per_layer=False)
+    max_seq_len: int = flag(int, None, "longest sequence the model is trained at", per_layer=False, inference=True)
     layers: LayersSpec
     tie_embedding: bool = flag(bool, False, "the head shares the embedding's weights", per_layer=False)
     use_abs_pos_emb: bool | None = flag(
         bool, None, "learned absolute positions (default: only without rotary and ALiBi)", per_layer=False
     )
-    emb_dropout: float = flag(float, 0.0, "dropout on the embeddings while training", per_layer=False)
+    emb_dropout: float = flag(float, 0.0, "dropout on the embeddings while training", per_layer=False, inference=True)
 
     def __post_init__(self) -> None:
         require(self.num_tokens >= 1, f"num_tokens={self.num_tokens} must be at least 1")

@@ -1,0 +1,1 @@
+"""Modules: a spec with weights."""

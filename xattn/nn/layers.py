@@ -1,0 +1,161 @@
+"""Blocks and stacks: `Decoder` (causal) and `Encoder`, built from flags or from a spec."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from xattn.errors import ConfigError
+from xattn.nn.attention import Attention
+from xattn.nn.feedforward import FeedForward
+from xattn.nn.norm import norm
+from xattn.ops.backends import choose, rejected
+from xattn.ops.layout import Layout
+from xattn.shapes import sizes
+from xattn.spec.flags import layer_flags, parse_layers
+from xattn.spec.model import BlockSpec, LayersSpec
+
+
+class Residual(nn.Module):
+    """x + branch(x) with the stack's norms: before the branch, after it too (sandwich), or after the sum (post)."""
+
+    def __init__(self, branch: nn.Module, layers: LayersSpec) -> None:
+        super().__init__()
+        rms, dim = layers.use_rmsnorm, layers.dim
+        self.branch = branch
+        self.pre_norm = norm(dim, rms=rms) if layers.pre_norm else nn.Identity()
+        self.branch_norm = norm(dim, rms=rms) if layers.sandwich_norm else nn.Identity()
+        self.post_norm = nn.Identity() if layers.pre_norm else norm(dim, rms=rms)
+
+    def forward(self, x_bnm: Tensor, *args: Any) -> Tensor:
+        """(b n m) -> (b n m)."""
+        return self.post_norm(x_bnm + self.branch_norm(self.branch(self.pre_norm(x_bnm), *args)))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward."""
+
+    def __init__(self, spec: BlockSpec, layers: LayersSpec, *, attn_backend: str) -> None:
+        super().__init__()
+        attention = Attention(
+            spec.attention, dim=layers.dim, qk_rmsnorm=spec.qk_rmsnorm, attn_backend=attn_backend
+        )
+        self.attn = Residual(attention, layers)
+        self.ff = Residual(FeedForward(spec.feedforward, dim=layers.dim), layers)
+
+    def forward(self, x_bnm: Tensor, layout: Layout) -> Tensor:
+        """(b n m) -> (b n m)."""
+        return self.ff(self.attn(x_bnm, layout))
+
+
+class AttentionLayers(nn.Module):
+    """A stack of blocks over x (b n m), with a final norm when pre-normed. Use `Decoder` or `Encoder`."""
+
+    causal: ClassVar[bool | None] = None
+
+    def __init__(self, *, attn_backend: str = "auto", **flags: Any) -> None:
+        if self.causal is None:
+            raise TypeError("AttentionLayers does not say whether it is causal; use Decoder or Encoder")
+        self._build(parse_layers(flags, causal=self.causal), attn_backend)
+
+    @classmethod
+    def from_spec(cls, spec: LayersSpec, *, attn_backend: str = "auto") -> "AttentionLayers":
+        """The stack that a spec describes. Raises ConfigError when its layers are not of this class's kind."""
+        if cls.causal is None:
+            cls = Decoder if spec.causal else Encoder
+        if any(block.attention.pattern.causal != cls.causal for block in spec.blocks):
+            kind = "causal" if cls.causal else "bidirectional"
+            raise ConfigError(f"{cls.__name__} needs every layer to be {kind}; use the other of Decoder and Encoder")
+        layers = cls.__new__(cls)
+        layers._build(spec, attn_backend)
+        return layers
+
+    def _build(self, spec: LayersSpec, attn_backend: str) -> None:
+        nn.Module.__init__(self)
+        self.spec, self.attn_backend = spec, attn_backend
+        self.blocks = nn.ModuleList(Block(block, spec, attn_backend=attn_backend) for block in spec.blocks)
+        self.final_norm = norm(spec.dim, rms=spec.use_rmsnorm) if spec.pre_norm else nn.Identity()
+        self.apply(_init_linear)
+        for block in self.blocks:
+            for branch in (block.attn.branch, block.ff.branch):
+                # the sum of 2 x depth branches keeps the variance of one: GPT-2, §2.3
+                branch.to_out.weight.data.mul_((2 * len(self.blocks)) ** -0.5)
+
+    def forward(
+        self,
+        x_bnm: Tensor,
+        *,
+        mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        """(b n m) -> (b n m).
+
+        Args:
+            mask: bool (b n), True where there is a token. doc_ids: int (b n), runs of equal ids are documents.
+            layout: the two above already made into a layout; give it instead of them.
+        """
+        b, n = sizes({"m": self.spec.dim}, x=(x_bnm, "b n m"))["b"], x_bnm.shape[1]
+        if layout is None:
+            layout = layout_of(b, n, x_bnm, mask=mask, doc_ids=doc_ids)
+        elif mask is not None or doc_ids is not None:
+            raise ConfigError("layout already says which slots hold tokens; drop mask and doc_ids, or layout")
+        for block in self.blocks:
+            x_bnm = block(x_bnm, layout)
+        return self.final_norm(x_bnm)
+
+    def backends(self) -> list[dict[str, Any]]:
+        """One row a layer: layer, flags, backend, and rejected (name -> why it cannot serve the layer)."""
+        return [
+            {
+                "layer": i,
+                "flags": layer_flags(block),
+                "backend": choose(block.attention, self.attn_backend).name,
+                "rejected": rejected(block.attention),
+            }
+            for i, block in enumerate(self.spec.blocks)
+        ]
+
+    def explain(self) -> str:
+        """A table, layer by layer: attention flags, back-end, and why the others lost; equal layers share a line."""
+        lines = [("layers", "backend", "attention flags", "why not the others")]
+        runs: list[tuple[list[int], tuple[str, str, str]]] = []
+        for row in self.backends():
+            flags = ", ".join(f"{k}={v}" for k, v in row["flags"].items() if not k.startswith("ff_"))
+            lost = "; ".join(f"{name} {why}" for name, why in row["rejected"].items()) or "-"
+            if not runs or runs[-1][1] != (row["backend"], flags, lost):
+                runs.append(([], (row["backend"], flags, lost)))
+            runs[-1][0].append(row["layer"])
+        lines += [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), *cells) for run, cells in runs]
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)) + "  " + line[3] for line in lines)  # noqa: B905
+
+
+class Decoder(AttentionLayers):
+    """A causal stack. `Decoder(dim=512, depth=8, heads=8, rotary_pos_emb=True, sliding_window=256)`; flags in docs/flags.md.
+
+    Raises:
+        ConfigError: an unknown, contradictory or inert flag. UnsupportedFeature: attn_backend cannot serve a layer.
+    """
+
+    causal = True
+
+
+class Encoder(AttentionLayers):
+    """A bidirectional stack; flags and errors as `Decoder`, and sliding_window reaches both sides."""
+
+    causal = False
+
+
+def layout_of(b: int, n: int, like: Tensor, *, mask: Tensor | None, doc_ids: Tensor | None) -> Layout:
+    """The layout of b rows of n slots, on the device of `like`. Raises ShapeError for a mask or ids of another shape."""
+    given = {name: (t, "b n") for name, t in (("mask", mask), ("doc_ids", doc_ids)) if t is not None}
+    sizes({"b": b, "n": n}, **given)
+    return Layout.build(n, device=like.device, mask_bn=mask, doc_ids_bn=doc_ids)
+
+
+def _init_linear(module: nn.Module) -> None:
+    """std sqrt(1 / (3 fan_in)), which at GPT-2's width of 768 is its 0.02."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
