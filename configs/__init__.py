@@ -1,0 +1,1 @@
+"""Hydra's YAML files; the package exists so that they travel in the wheel."""

@@ -1,0 +1,126 @@
+"""xattn-compare: train variants of one run on equal tokens, and report what each costs and buys.
+
+    xattn-compare                          the quick study: two CPU cores, under ten minutes
+    xattn-compare +sweep=NAME seed=0,1,2   a study of configs/sweep, over seeds
+    xattn-compare runs=DIR                 report on run directories that exist already
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xattn import ConfigError
+from xattn.experiments import record
+from xattn.experiments.compose import as_run, check_flags, command_line, hydra_main, resolve
+from xattn.experiments.gather import find_runs, gather
+from xattn.experiments.launch import launch, prepare
+from xattn.experiments.plots import draw
+from xattn.experiments.record import say
+from xattn.experiments.report import print_report, write_report
+from xattn.experiments.schema import CompareConfig, RunConfig
+
+DEFAULT_SWEEP = "quick"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a study and its directory."""
+
+    config: RunConfig
+    run_dir: Path
+
+
+def main() -> None:
+    """Console entry of xattn-compare."""
+    command_line(_body)
+
+
+def _body(argv: list[str]) -> int:
+    statuses: list[int] = []
+    hydra_main(lambda cfg: statuses.append(_study(resolve(cfg))), "compare", arguments(argv))
+    return max(statuses, default=0)
+
+
+def arguments(argv: list[str]) -> list[str]:
+    """Hydra's spelling of what users type: `sweep=x` is `+sweep=x`, `seed=0,1` is `seeds=[0,1]`; no sweep is the quick one."""
+    spelled = []
+    for arg in argv:
+        if arg.startswith("sweep="):
+            arg = "+" + arg
+        elif arg.startswith("seed="):
+            arg = f"seeds=[{arg.removeprefix('seed=').strip('[]')}]"
+        spelled.append(arg)
+    names = [arg.split("=", 1)[0].lstrip("+") for arg in spelled]
+    if not any(name in ("sweep", "runs") or name.startswith("variants") for name in names):
+        spelled.append(f"+sweep={DEFAULT_SWEEP}")
+    return spelled
+
+
+def _study(config: CompareConfig) -> int:
+    folder = Path(config.dir)
+    if config.runs is not None:
+        return report(config, Path(config.runs))
+    jobs = plan(config, folder)
+    # Every directory is checked before the first run, so that a clash is found now and not after an hour.
+    for job in jobs:
+        prepare(job.config, job.run_dir)
+    say(f"{config.study}: {len(config.variants)} variants, seeds {config.seeds}, {config.trainer.tokens:,} tokens each, in {folder}")
+    for number, job in enumerate(jobs, start=1):
+        prefix = f"[{number}/{len(jobs)} {job.run_dir.name}] "
+        result = launch(job.config, job.run_dir, prefix=prefix, quiet=True)
+        if result["status"] == record.INTERRUPTED:
+            say(f"interrupted; the same command goes on from here ({folder})")
+            return 75
+    return report(config, folder)
+
+
+def plan(config: CompareConfig, folder: Path) -> list[Job]:
+    """Every run of the study, its flags checked.
+
+    Raises:
+        ConfigError: nothing to run, a baseline that is no variant, or flags that cannot be, naming the variant.
+    """
+    if not config.variants:
+        raise ConfigError("the study has no variants; use +sweep=quick, or give variants: {name: {flag: value}}")
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+        raise ConfigError(f"seeds={config.seeds} must name each seed once and at least one; use seed=0,1,2")
+    if config.baseline is not None and config.baseline not in config.variants:
+        raise ConfigError(f"baseline={config.baseline} is no variant; use one of {', '.join(config.variants)}")
+    jobs = []
+    # Seeds outermost: a study that is stopped early has every variant of the first seeds.
+    for seed in config.seeds:
+        for name, flags in config.variants.items():
+            run = _variant(config, name, flags, seed)
+            jobs.append(Job(config=run, run_dir=folder / f"{name}-seed{seed}"))
+    return jobs
+
+
+def _variant(config: CompareConfig, name: str, flags: Any, seed: int) -> RunConfig:
+    if not isinstance(flags, dict | None):
+        raise ConfigError(f"variants.{name}={flags} is not a mapping of flags; use {name}: {{sliding_window: 64}}")
+    if not name or name in (".", "..") or not all(c.isalnum() or c in "-_.+" for c in name):
+        raise ConfigError(f"variants.{name}: the name is a directory too; use letters, digits, - _ . and +")
+    run = deepcopy(as_run(config))
+    run.name, run.seed = name, seed
+    run.model = {key: value for key, value in (run.model | (flags or {})).items() if value is not None}
+    run.tracking.group = run.tracking.group or config.study
+    try:
+        run.check()
+        check_flags(run)
+    except ConfigError as error:
+        raise ConfigError(f"variant {name}: {error}") from None
+    return run
+
+
+def report(config: CompareConfig, runs_dir: Path) -> int:
+    """Print and write the report of the runs under `runs_dir`, into it. Returns 1 if no run completed."""
+    rows = gather(
+        find_runs(runs_dir), baseline=config.baseline, param_tolerance=config.param_tolerance, order=config.variants
+    )
+    title = f"Comparison: {config.study if config.runs is None else runs_dir.name}"
+    pictures = draw(rows, runs_dir) if config.plots else []
+    write_report(rows, runs_dir, title=title, description=config.description, pictures=pictures)
+    print_report(rows, title=title)
+    say(f"\nwritten: {runs_dir}/report.md, results.csv, results.json" + "".join(f", {name}" for name, _ in pictures))
+    return 0 if any(row.done for row in rows) else 1

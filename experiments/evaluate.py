@@ -1,0 +1,92 @@
+"""xattn-eval: judge a finished run again, at other lengths or with evaluation-time flags.
+
+    xattn-eval run=runs/quick/dense-seed0 eval.flags.self_extend_group=8 eval.flags.self_extend_window=64
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xattn
+from xattn import ConfigError
+from xattn.experiments import record
+from xattn.experiments.compose import check_flags, command_line, hydra_main, load_config, resolve
+from xattn.experiments.data import check_corpus, load_corpus
+from xattn.experiments.device import pick_device, pick_precision
+from xattn.experiments.judge import AS_TRAINED, judge_all
+from xattn.experiments.loop import backend_summary
+from xattn.experiments.record import say
+from xattn.experiments.schema import EvaluateConfig
+
+FOLDER = "evaluations"
+
+
+def main() -> None:
+    """Console entry of xattn-eval."""
+    command_line(_body)
+
+
+def _body(argv: list[str]) -> int:
+    if not any(arg.startswith("run=") for arg in argv) and not any(arg.startswith("-") for arg in argv):
+        raise ConfigError("which run? use xattn-eval run=DIR, a directory that xattn-train or xattn-compare wrote")
+    hydra_main(lambda cfg: evaluate(resolve(cfg)), "eval", argv)
+    return 0
+
+
+def evaluate(asked: EvaluateConfig) -> dict[str, Any]:
+    """Judge the run's model; print the scores, write them as JSON, return them.
+
+    Raises:
+        ConfigError: no finished run there, or flags that cannot be.
+    """
+    run_dir = Path(asked.run)
+    if not (run_dir / record.CONFIG).is_file() or not (run_dir / "model").is_dir():
+        raise ConfigError(f"run={run_dir} is no finished run: it has no {record.CONFIG} with a model/ beside it")
+    config = load_config(run_dir / record.CONFIG)
+    config.eval = asked.eval
+    check_flags(config)
+    device = pick_device(config.trainer)
+    corpus = load_corpus(config.data)
+    longest = max(asked.eval.length_factors) * config.trainer.seq_len
+    check_corpus(
+        corpus,
+        num_tokens=config.model["num_tokens"],
+        trainer=config.trainer,
+        eval_tokens=asked.eval.tokens,
+        longest=longest,
+    )
+    model = xattn.load(run_dir / "model", attn_backend=config.model.get("attn_backend", "auto")).to(device)
+    judged = judge_all(
+        model,
+        corpus,
+        asked.eval,
+        seq_len=config.trainer.seq_len,
+        device=device,
+        precision=pick_precision(config.trainer, device),
+    )
+    path = Path(asked.out) if asked.out is not None else _next_path(run_dir / FOLDER)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record.write_json(path, {"run": run_dir.name, "eval": asdict(asked.eval), **judged, **record.provenance()})
+    _show(judged, name=config.name, backend=backend_summary(model.backends()), flags=asked.eval.flags)
+    say(f"written: {path}")
+    return judged
+
+
+def _show(judged: dict[str, Any], *, name: str, backend: str, flags: dict[str, Any]) -> None:
+    given = ", ".join(f"{key}={value}" for key, value in flags.items()) or "as trained"
+    say(f"{name} ({backend}), {given}")
+    for extension, by_length in judged["val_by_length"].items():
+        for length, entry in by_length.items():
+            label = "" if extension == AS_TRAINED else f"  {extension}"
+            if "error" in entry:
+                say(f"  {length:>6} tokens{label}: not possible: {entry['error']}")
+                continue
+            bits = f"{entry['bpb']:.4f} bits per byte, " if entry["bpb"] is not None else ""
+            say(f"  {length:>6} tokens{label}: {bits}perplexity {entry['ppl']:.3f}")
+
+
+def _next_path(folder: Path) -> Path:
+    number = 0
+    while (folder / f"{number}.json").exists():
+        number += 1
+    return folder / f"{number}.json"

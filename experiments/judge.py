@@ -1,0 +1,91 @@
+"""Judging a trained model on a fixed token set: nats, perplexity, bits per byte, by length, position and extension.
+
+Letters: b blocks, n positions. Perplexity is exp(sum of nats / sum of tokens), never a mean over batches.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+import xattn
+from xattn import ConfigError
+from xattn.experiments.data import Corpus, batches, eval_blocks
+from xattn.experiments.device import autocast
+from xattn.experiments.schema import EvalConfig
+
+AS_TRAINED = "none"
+
+
+def judge_all(
+    model: Any, corpus: Corpus, eval_config: EvalConfig, *, seq_len: int, device: torch.device, precision: str
+) -> dict[str, Any]:
+    """Judge at every length, as trained and with every extension.
+
+    Returns: `val` (trained length, no extension), `val_by_length` {extension: {length: score}} and `val_by_position`
+    {extension: {length: [score of each bucket]}}. Where the model cannot do what was asked, the score is {"error": why}.
+    """
+    by_length: dict[str, dict[str, Any]] = {}
+    by_position: dict[str, dict[str, Any]] = {}
+    longest = max(eval_config.length_factors) * seq_len
+    for name, flags in {AS_TRAINED: {}, **eval_config.extensions}.items():
+        by_length[name], by_position[name] = {}, {}
+        for length in sorted({factor * seq_len for factor in eval_config.length_factors}):
+            blocks_bn = eval_blocks(corpus, tokens=eval_config.tokens, length=length, longest=longest)
+            try:
+                judged = _with_flags(model, eval_config.flags | flags)
+                nll_bn = token_nll(judged, blocks_bn, batch_tokens=eval_config.batch_tokens, device=device, precision=precision)
+            except (ConfigError, xattn.TokenError) as error:
+                by_length[name][str(length)] = {"error": str(error)}
+                continue
+            by_length[name][str(length)] = score(nll_bn, blocks_bn[:, 1:], corpus)
+            by_position[name][str(length)] = score_positions(nll_bn, buckets=eval_config.position_buckets)
+    return {"val": by_length[AS_TRAINED][str(seq_len)], "val_by_length": by_length, "val_by_position": by_position}
+
+
+def token_nll(
+    model: Any, blocks_bn: torch.Tensor, *, batch_tokens: int, device: torch.device, precision: str
+) -> torch.Tensor:
+    """Nats of each predicted token, float64 on the CPU, shape (b, n): blocks hold n + 1 ids. Leaves the mode as it was."""
+    ar = xattn.AutoregressiveWrapper(model)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            parts = [
+                ar.token_nll(ids_bn.to(device), extrapolate=True).double().cpu()
+                for ids_bn in batches(blocks_bn, batch_tokens)
+            ]
+    finally:
+        model.train(was_training)
+    return torch.cat(parts)
+
+
+def score(nll_bn: torch.Tensor, targets_bn: torch.Tensor, corpus: Corpus) -> dict[str, Any]:
+    """loss_nats (mean a token), ppl, bpb = sum of nats / ln 2 / bytes of the predicted text (None: bytes unknown), tokens."""
+    total, tokens = float(nll_bn.sum()), nll_bn.numel()
+    text_bytes = corpus.bytes_of(targets_bn.numpy())
+    return {
+        "loss_nats": total / tokens,
+        "ppl": _exp(total / tokens),
+        "bpb": total / math.log(2) / text_bytes if text_bytes else None,
+        "tokens": tokens,
+    }
+
+
+def score_positions(nll_bn: torch.Tensor, *, buckets: int) -> list[dict[str, Any]]:
+    """Mean nats by position, in `buckets` equal parts: `first` to `last` is how many tokens of context were visible + 1."""
+    n = nll_bn.shape[1]
+    edges = sorted({round(k * n / buckets) for k in range(buckets + 1)})
+    return [
+        {"first": low, "last": high - 1, "loss_nats": float(nll_bn[:, low:high].mean())}
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def _with_flags(model: Any, flags: dict[str, Any]) -> Any:
+    return model.with_flags(**flags) if flags else model
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

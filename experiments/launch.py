@@ -1,0 +1,149 @@
+"""Start a run in processes of its own, pass its lines on, and record how it ended, whatever the end was."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from xattn import ConfigError
+from xattn.experiments import record
+from xattn.experiments.compose import differences, load_config, save_config
+from xattn.experiments.memory import KINDS, PROBE_ENVIRONMENT
+from xattn.experiments.record import CONFIG, MEMORY, say
+from xattn.experiments.schema import RunConfig
+
+# What may change between a broken run and its continuation, because no number of the result depends on it.
+_MAY_CHANGE = ("tracking.", "isolate", "trainer.log_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.threads")
+
+
+def prepare(config: RunConfig, run_dir: Path) -> None:
+    """Make the run directory hold this config; a directory that holds another run is refused, not overwritten.
+
+    Raises:
+        ConfigError: the directory's config.yaml differs in something a result depends on.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / CONFIG
+    if path.exists():
+        changed = {k: v for k, v in differences(load_config(path), config).items() if not k.startswith(_MAY_CHANGE)}
+        if changed:
+            shown = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in changed.items())
+            raise ConfigError(f"{run_dir} holds a run with another config ({shown}); use another directory for this one")
+    save_config(config, path)
+
+
+def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = False) -> dict[str, Any]:
+    """Train one run and return its result; one that was already completed there is returned as it stands."""
+    prepare(config, run_dir)
+    result = record.read_result(run_dir)
+    if result["status"] == record.COMPLETED:
+        say(f"{prefix}finished before; its result stands ({run_dir})")
+        return result
+    (run_dir / record.RESULT).unlink(missing_ok=True)
+    if not config.isolate:
+        from xattn.experiments.loop import run
+
+        return run(config, run_dir, quiet=quiet)
+    if config.trainer.memory and not (run_dir / MEMORY).exists():
+        say(f"{prefix}measuring peak memory")
+        record.write_json(run_dir / MEMORY, probe_memory(run_dir))
+    arguments = ["xattn.experiments.loop", str(run_dir), *(["--quiet"] if quiet else [])]
+    code, tail = _process(arguments, log=run_dir / record.LOG, prefix=prefix)
+    result = record.read_result(run_dir)
+    if result["status"] == record.UNFINISHED:
+        result = record.write_failure(
+            run_dir, *_how_it_ended(code, tail), name=config.name, seed=config.seed, flags=config.model
+        )
+        say(f"{prefix}{result['status']}: {result['error']}")
+    return result
+
+
+def probe_memory(run_dir: Path) -> dict[str, Any]:
+    """Peak bytes of a training step and of an evaluation; a probe that dies leaves its reason instead of a number."""
+    measured: dict[str, Any] = {}
+    for kind in KINDS:
+        path = run_dir / f"memory-{kind}.json"
+        path.unlink(missing_ok=True)
+        code, tail = _process(["xattn.experiments.memory", str(run_dir), kind], environment=PROBE_ENVIRONMENT, echo=False)
+        found = record.read_json(path)
+        if code == 0 and found is not None:
+            measured |= found
+        else:
+            measured |= {f"{kind}_peak_bytes": None, f"{kind}_error": _how_it_ended(code, tail)[1]}
+        path.unlink(missing_ok=True)
+    return measured
+
+
+def _process(
+    arguments: list[str],
+    *,
+    environment: dict[str, str] | None = None,
+    log: Path | None = None,
+    prefix: str = "",
+    echo: bool = True,
+) -> tuple[int, list[str]]:
+    """Run `python -m ARGUMENTS`, echo its lines, keep them in `log`. Returns the exit code and the last lines."""
+    process = subprocess.Popen(
+        # -P: a file in the user's directory must not shadow a module of the standard library.
+        [sys.executable, "-P", "-m", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | (environment or {}),
+    )
+    tail: list[str] = []
+    # Probes are short and save nothing: Ctrl-C may end them and this process with them.
+    with _forward_signals(process) if echo else nullcontext():
+        file = open(log, "a", encoding="utf-8") if log is not None else None  # noqa: SIM115 (closed below)
+        try:
+            for line in process.stdout or ():
+                tail = [*tail[-19:], line.rstrip()]
+                if file is not None:
+                    file.write(line)
+                if echo:
+                    say(prefix + line.rstrip())
+            return process.wait(), tail
+        finally:
+            if file is not None:
+                file.close()
+
+
+@contextmanager
+def _forward_signals(process: subprocess.Popen) -> Iterator[None]:
+    """A stop request to the parent reaches the worker, which saves its state; the parent lives on to record it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def forward(number: int, _frame: Any) -> None:
+        if process.poll() is None:
+            process.send_signal(number)
+
+    def wait(_number: int, _frame: Any) -> None:
+        """Ctrl-C reaches the worker from the terminal by itself."""
+
+    handlers: dict[int, Callable] = {signal.SIGTERM: forward, signal.SIGUSR1: forward, signal.SIGINT: wait}
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _how_it_ended(code: int, tail: list[str]) -> tuple[str, str]:
+    last = next((line for line in reversed(tail) if line.strip()), "no output")
+    if code == -signal.SIGKILL:
+        return record.KILLED, "killed (SIGKILL): by hand, or by the system for want of memory"
+    if code < 0:
+        return record.KILLED, f"killed by {signal.Signals(-code).name}; last line: {last}"
+    if any("can't allocate memory" in line or "OutOfMemoryError" in line for line in tail):
+        return record.OOM, last
+    return record.FAILED, f"exit status {code}; last line: {last}"

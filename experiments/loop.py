@@ -1,0 +1,356 @@
+"""The training loop, run in a worker process of its own: python -m xattn.experiments.loop RUN_DIR [--quiet]
+
+It reads RUN_DIR/config.yaml and leaves result.json, whatever happens short of a kill.
+"""
+
+import itertools
+import math
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import xattn
+from xattn.experiments import checkpoint, record
+from xattn.experiments.compose import USER_ERRORS, load_config, redact
+from xattn.experiments.data import Corpus, Seen, check_corpus, eval_blocks, load_corpus, train_batch
+from xattn.experiments.device import autocast, pick_device, pick_precision, synchronise
+from xattn.experiments.judge import judge_all, score, token_nll
+from xattn.experiments.optim import build_optimiser, lr_factor
+from xattn.experiments.record import say
+from xattn.experiments.schema import RunConfig
+from xattn.experiments.tracking import WandbMirror
+
+EXIT = {record.COMPLETED: 0, record.FAILED: 1, record.OOM: 1, record.INVALID: 2, record.INTERRUPTED: 75}
+_SECONDS_BETWEEN_LINES = 10.0
+# The first steps pay for allocation and warm-up; they count as training time but not towards tokens a second.
+_WARMUP_STEPS = 3
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class Diverged(Exception):
+    """The loss is not a finite number."""
+
+
+def run(config: RunConfig, run_dir: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Train, judge and record one run; every failure becomes a recorded status. Returns the result."""
+    try:
+        with _stop_requests() as stop:
+            result = Trainer(config, run_dir, quiet=quiet, stop=stop).run()
+    except Exception as error:
+        status = status_of(error)
+        if status == record.FAILED:
+            (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        text = str(error) if isinstance(error, (*USER_ERRORS, Interrupted, Diverged)) else f"{type(error).__name__}: {error}"
+        say(f"{status}: {text}")
+        result = record.write_failure(run_dir, status, text, name=config.name, seed=config.seed, flags=config.model)
+    return result
+
+
+def status_of(error: BaseException) -> str:
+    """Which status an exception is recorded as."""
+    if isinstance(error, USER_ERRORS):
+        return record.INVALID
+    if isinstance(error, Interrupted):
+        return record.INTERRUPTED
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return record.OOM
+    return record.FAILED
+
+
+class Trainer:
+    """One run from config to result. The order of `run` is the order of the story."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, *, quiet: bool, stop: dict[str, Any]) -> None:
+        self.config, self.run_dir, self.quiet, self.stop = config, run_dir, quiet, stop
+        self.device = pick_device(config.trainer)
+        self.precision = pick_precision(config.trainer, self.device)
+        if config.trainer.threads is not None:
+            torch.set_num_threads(config.trainer.threads)
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        self.corpus = self._corpus()
+        self._build()
+        self._announce()
+        self.metrics = record.MetricsFile(self.run_dir, keep_until_step=self.progress.step)
+        self.mirror = WandbMirror(
+            self.run_dir, config.tracking, name=config.name, job_type="train", config=redact(asdict(config)) | self._facts()
+        )
+        finished = False
+        try:
+            self._train()
+            result = self._result()
+            record.write_json(self.run_dir / record.RESULT, result)
+            self.mirror.summary(_summary(result))
+            checkpoint.remove_checkpoints(self.run_dir)
+            finished = True
+            return result
+        finally:
+            self.metrics.close()
+            self.mirror.finish(failed=not finished)
+
+    def _corpus(self) -> Corpus:
+        config = self.config
+        corpus = load_corpus(config.data)
+        check_corpus(
+            corpus,
+            num_tokens=config.model["num_tokens"],
+            trainer=config.trainer,
+            eval_tokens=config.eval.tokens,
+            longest=max(config.eval.length_factors) * config.trainer.seq_len,
+        )
+        return corpus
+
+    def _build(self) -> None:
+        newest = checkpoint.newest_checkpoint(self.run_dir)
+        if newest is None:
+            # Seeded here and nowhere before, so that variants with the same parameters start from the same weights.
+            torch.manual_seed(self.config.seed)
+            self.model = xattn.build(self.config.model).to(self.device)
+            self.optimiser = build_optimiser(self.model, self.config.optim)
+            self.progress = checkpoint.Progress()
+        else:
+            self.model, state, self.progress = checkpoint.load_checkpoint(
+                newest, attn_backend=self.config.model.get("attn_backend", "auto")
+            )
+            self.model.to(self.device)
+            self.optimiser = build_optimiser(self.model, self.config.optim)
+            self.optimiser.load_state_dict(state)
+            say(f"resuming from step {self.progress.step}")
+        self.ar = xattn.AutoregressiveWrapper(self.model)
+        self.params = sum(p.numel() for p in self.model.parameters())
+
+    def _announce(self) -> None:
+        (self.run_dir / "explain.txt").write_text(self.model.explain() + "\n", encoding="utf-8")
+        if not self.quiet:
+            say(self.model.explain())
+        trainer = self.config.trainer
+        say(
+            f"{self.params:,} parameters, {trainer.tokens:,} tokens of {self.corpus.name} in {trainer.steps} steps, "
+            f"{self.device} {self.precision}, back-end {backend_summary(self.model.backends())}"
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        return {"params": self.params, "device": str(self.device), "backends": backend_summary(self.model.backends())}
+
+    # Training.
+
+    def _train(self) -> None:
+        trainer = self.config.trainer
+        self.seen = Seen(self.progress.seen)
+        self.step_seconds: list[float] = []
+        self._last_line = 0.0
+        self.model.train()
+        for step in range(self.progress.step, trainer.steps):
+            began = time.perf_counter()
+            loss, grad_norm, lr = self._step(step)
+            synchronise(self.device)
+            self.step_seconds.append(time.perf_counter() - began)
+            self.progress = checkpoint.Progress(
+                step=step + 1, seen=self.seen.digest, seconds=self.progress.seconds + self.step_seconds[-1]
+            )
+            self._report(loss, grad_norm, lr)
+            self._maybe_save()
+
+    def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One optimiser step. Returns the mean loss in nats a token, the gradient norm before clipping, and the rate."""
+        config, trainer = self.config, self.config.trainer
+        ids_bn = train_batch(
+            self.corpus, seed=config.seed, step=step, batch_size=trainer.batch_size, seq_len=trainer.seq_len
+        )
+        self.seen.update(ids_bn)
+        lr = config.optim.lr * lr_factor(step * trainer.tokens_per_step, total=trainer.tokens, schedule=config.schedule)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        # Dropout is a function of (seed, step) too, so that a resumed run draws the same masks.
+        torch.manual_seed((config.seed << 32) + step)
+        total = torch.zeros((), device=self.device)
+        for micro_bn in ids_bn.split(trainer.micro_batch or trainer.batch_size):
+            with autocast(self.device, self.precision):
+                loss = self.ar(micro_bn.to(self.device, non_blocking=True))
+            share = len(micro_bn) / len(ids_bn)
+            (loss * share).backward()
+            total += loss.detach().float() * share
+        limit = config.optim.grad_clip if config.optim.grad_clip is not None else math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return total, grad_norm, lr
+
+    def _report(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
+        trainer, step = self.config.trainer, self.progress.step
+        last = step == trainer.steps
+        row: dict[str, Any] = {"step": step, "tokens": step * trainer.tokens_per_step}
+        if step % trainer.log_every == 0 or last or step == 1:
+            value = float(loss)
+            if not math.isfinite(value):
+                raise Diverged(f"the loss is {value} at step {step}; a smaller optim.lr or a longer warm-up may hold it")
+            row |= {"train/loss": value, "train/grad_norm": float(grad_norm), "train/lr": lr}
+            row["perf/tokens_per_second"] = self._tokens_per_second()
+        every = self.config.eval.every
+        if every is not None and step % every == 0 and not last:
+            row |= self._quick_eval()
+        if len(row) > 2:
+            self.metrics.write(row)
+            self.mirror.log(row)
+            self._line(row, last=last)
+
+    def _quick_eval(self) -> dict[str, float]:
+        seq_len = self.config.trainer.seq_len
+        blocks_bn = eval_blocks(self.corpus, tokens=self.config.eval.every_tokens, length=seq_len, longest=seq_len)
+        nll_bn = token_nll(
+            self.model,
+            blocks_bn,
+            batch_tokens=self.config.eval.batch_tokens,
+            device=self.device,
+            precision=self.precision,
+        )
+        values = score(nll_bn, blocks_bn[:, 1:], self.corpus)
+        return {f"val/{name}": values[name] for name in ("loss_nats", "ppl", "bpb") if values[name] is not None}
+
+    def _line(self, row: dict[str, Any], *, last: bool) -> None:
+        now = time.perf_counter()
+        if not last and now - self._last_line < _SECONDS_BETWEEN_LINES and "val/bpb" not in row:
+            return
+        self._last_line = now
+        steps = self.config.trainer.steps
+        left = (steps - self.progress.step) * statistics.median(self.step_seconds)
+        text = f"step {self.progress.step}/{steps}"
+        if "train/loss" in row:
+            text += f"  loss {row['train/loss']:.3f}"
+        if row.get("val/bpb") is not None and "val/bpb" in row:
+            text += f"  val bpb {row['val/bpb']:.3f}"
+        say(f"{text}  {self._tokens_per_second():,.0f} tokens/s  {left:.0f} s left")
+
+    def _tokens_per_second(self) -> float:
+        """Tokens of a step over the median step time, warm-up left out: steady although other programs come and go."""
+        settled = self.step_seconds[_WARMUP_STEPS:] or self.step_seconds
+        return self.config.trainer.tokens_per_step / statistics.median(settled) if settled else 0.0
+
+    def _maybe_save(self) -> None:
+        trainer, step = self.config.trainer, self.progress.step
+        asked = bool(self.stop["signal"]) and step < trainer.steps
+        if asked or (trainer.save_every is not None and step % trainer.save_every == 0 and step < trainer.steps):
+            checkpoint.save_checkpoint(
+                self.run_dir, self.model, self.optimiser, self.progress, keep=trainer.keep_checkpoints
+            )
+        if asked:
+            self.mirror.preempting()
+            raise Interrupted(f"{self.stop['signal']} at step {step}; its state is saved, the same command continues it")
+
+    # The end.
+
+    def _result(self) -> dict[str, Any]:
+        config, trainer = self.config, self.config.trainer
+        say("judging")
+        judged = judge_all(
+            self.model,
+            self.corpus,
+            config.eval,
+            seq_len=trainer.seq_len,
+            device=self.device,
+            precision=self.precision,
+        )
+        row = {"step": self.progress.step, "tokens": trainer.tokens}
+        row |= {f"val/{name}": judged["val"].get(name) for name in ("loss_nats", "ppl", "bpb")}
+        self.metrics.write(row)
+        self.mirror.log({name: value for name, value in row.items() if value is not None})
+        _save_model(self.model, self.run_dir / "model")
+        spec = self.model.spec
+        memory = record.read_json(self.run_dir / record.MEMORY) or {"error": "not measured"}
+        memory["kv_bytes_per_token"] = xattn.accounting.kv_bytes(spec, trainer.seq_len) / trainer.seq_len
+        return {
+            "status": record.COMPLETED,
+            "name": config.name,
+            "seed": config.seed,
+            "flags": {"given": config.model, "resolved": xattn.to_flags(spec)},
+            "backends": self.model.backends(),
+            "params": self.params,
+            "tokens": trainer.tokens,
+            **judged,
+            "memory": memory,
+            "tokens_per_second": self._tokens_per_second(),
+            "train_seconds": self.progress.seconds,
+            "train_flops": xattn.accounting.train_flops(spec, trainer.seq_len) * trainer.steps * trainer.batch_size,
+            "device": str(self.device),
+            "precision": self.precision,
+            "data": {
+                "corpus": self.corpus.name,
+                "tokenizer": self.corpus.tokenizer,
+                "tokens_seen_digest": self.seen.digest,
+            },
+            **record.provenance(),
+        }
+
+
+def backend_summary(backends: list[dict[str, Any]]) -> str:
+    """`sdpa`, or, where layers differ, `sdpa 0-2, reference 3`: which back-end each layer runs on."""
+    names = [str(row["backend"]) for row in backends]
+    if len(set(names)) == 1:
+        return names[0]
+    parts, first = [], 0
+    for name, group in itertools.groupby(names):
+        last = first + len(list(group)) - 1
+        parts.append(f"{name} {first}" if first == last else f"{name} {first}-{last}")
+        first = last + 1
+    return ", ".join(parts)
+
+
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    flat = {f"final/{name}": value for name, value in result["val"].items()}
+    flat |= {f"mem/{name}": value for name, value in result["memory"].items() if isinstance(value, int | float)}
+    return flat | {"perf/tokens_per_second_median": result["tokens_per_second"], "params": result["params"]}
+
+
+def _save_model(model: Any, path: Path) -> None:
+    import os
+    import shutil
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    xattn.save(model, temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[dict[str, Any]]:
+    """SIGTERM, SIGUSR1 (schedulers) and Ctrl-C ask for a stop after the current step instead of ending the process."""
+    stop: dict[str, Any] = {"signal": None}
+
+    def ask(number: int, _frame: Any) -> None:
+        stop["signal"] = signal.Signals(number).name
+
+    try:
+        old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    except ValueError:  # not the main thread (isolate=false under somebody's server): no signals to catch
+        old = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def main(argv: list[str]) -> int:
+    """The worker's entry: exit 0 completed, 1 failed or out of memory, 2 invalid, 75 interrupted (run it again)."""
+    run_dir = Path(argv[0])
+    result = run(load_config(run_dir / record.CONFIG), run_dir, quiet="--quiet" in argv[1:])
+    return EXIT[result["status"]]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""True peak memory of one training step and of one evaluation, each measured in a fresh process.
+
+    python -m xattn.experiments.memory RUN_DIR train|infer
+
+What is counted. On CUDA: torch's max_memory_allocated. On the CPU: the growth of the process's resident set, from just
+before the model is built to the peak (VmHWM, reset through /proc/self/clear_refs; where the kernel does not allow it, the
+lifetime peak ru_maxrss). So it holds weights, gradients, optimiser state, activations, temporaries and allocator slack, and
+not the interpreter, torch's own code, or the corpus. `train`: two optimiser steps of the run's micro-batch, so that the
+optimiser's state exists beside the activations. `infer`: one token_nll of the same shape, without gradients.
+"""
+
+import ctypes
+import gc
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import xattn
+from xattn.experiments.compose import load_config
+from xattn.experiments.device import autocast, pick_device, pick_precision
+from xattn.experiments.optim import build_optimiser
+from xattn.experiments.record import CONFIG, write_json
+from xattn.experiments.schema import RunConfig
+
+KINDS = ("train", "infer")
+# Freed tensors must go back to the system at once, or the heap keeps what a step gave up and hides the true peak.
+PROBE_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def measure(config: RunConfig, kind: str) -> dict[str, Any]:
+    """Bytes at the peak of one step.
+
+    Returns: `{kind}_peak_bytes`, and for `train` also `state_bytes` (weights, gradients and optimiser state, exact) and
+    `activation_bytes` (the rest of the peak).
+    """
+    device = pick_device(config.trainer)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    step = _train_steps if kind == "train" else _infer_step
+    rows, length = config.trainer.micro_batch or config.trainer.batch_size, config.trainer.seq_len
+    # Once at a tiny shape first: libraries, thread pools and kernels stay resident for ever and belong to no variant.
+    step(config, device, rows=1, length=min(length, 16))
+    _give_back(device)
+    baseline = _reset_peak(device)
+    state_bytes = step(config, device, rows=rows, length=length)
+    peak = max(_peak(device) - baseline, 0)
+    measured = {f"{kind}_peak_bytes": peak, f"{kind}_method": _method(device)}
+    if kind == "train":
+        measured |= {"state_bytes": state_bytes, "activation_bytes": max(peak - state_bytes, 0)}
+    return measured
+
+
+def _train_steps(config: RunConfig, device: torch.device, *, rows: int, length: int) -> int:
+    model = xattn.build(config.model).to(device)
+    ar = xattn.AutoregressiveWrapper(model)
+    optimiser = build_optimiser(model, config.optim)
+    ids_bn = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
+    for _ in range(2):
+        with autocast(device, pick_precision(config.trainer, device)):
+            loss = ar(ids_bn)
+        loss.backward()
+        optimiser.step()
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        optimiser.zero_grad(set_to_none=True)
+    states = [t for state in optimiser.state.values() for t in state.values() if torch.is_tensor(t)]
+    return gradients + sum(p.nbytes for p in model.parameters()) + sum(t.nbytes for t in states)
+
+
+def _infer_step(config: RunConfig, device: torch.device, *, rows: int, length: int) -> int:
+    model = xattn.build(config.model).to(device).eval()
+    ids_bn = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
+    with autocast(device, pick_precision(config.trainer, device)):
+        xattn.AutoregressiveWrapper(model).token_nll(ids_bn)
+    return sum(p.nbytes for p in model.parameters())
+
+
+def _give_back(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):
+            pass  # another C library: a little slack stays in the baseline
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+
+
+def _method(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "cuda max_memory_allocated"
+    return "VmHWM growth" if os.access("/proc/self/clear_refs", os.W_OK) else "ru_maxrss growth"
+
+
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def main(argv: list[str]) -> int:
+    """Measure one kind and write `memory-KIND.json` into the run directory."""
+    run_dir, kind = Path(argv[0]), argv[1]
+    write_json(run_dir / f"memory-{kind}.json", measure(load_config(run_dir / CONFIG), kind))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

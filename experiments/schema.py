@@ -1,0 +1,229 @@
+"""What an experiment is: the typed fields of every config group, their units, and the laws between them.
+
+The `model` group is the library's own flat flag dict, so its names and defaults are written in xattn and nowhere here.
+`None` always means not given; the comment beside a field says what is then used.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from xattn import ConfigError
+
+SOURCES = ("shakespeare", "text", "bin", "hf")
+TOKENIZERS = ("bytes", "bpe", "gpt2")
+OPTIMISERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
+TRACKING_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where tokens come from. `val_fraction` splits off the end of a source that has no validation part of its own."""
+
+    source: str = "shakespeare"
+    path: str | None = None  # text: file or glob of the training part; bin: folder with train.bin; hf: data set name
+    val_path: str | None = None
+    tokenizer: str = "bytes"
+    vocab_size: int = 8192  # bpe only
+    val_fraction: float = 0.1
+    cache: str | None = None  # folder for tokenised text; None: beside the run
+    hf_config: str | None = None
+    hf_field: str = "text"
+    max_train_tokens: int | None = None
+
+    def check(self) -> None:
+        _choice("data.source", self.source, SOURCES)
+        _choice("data.tokenizer", self.tokenizer, TOKENIZERS)
+        if not 0.0 < self.val_fraction < 1.0:
+            raise ConfigError(f"data.val_fraction={self.val_fraction} is not between 0 and 1; 0.1 keeps a tenth to judge on")
+        if self.source != "shakespeare" and self.path is None:
+            raise ConfigError(f"data.source={self.source} reads data.path, which is not given; use data.path=...")
+        if self.source == "shakespeare" and self.path is not None:
+            raise ConfigError(f"data.path={self.path} has no effect: data.source is shakespeare; use data.source=text")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Learning rates are a step; weight decay is decoupled and spares vectors (norms, biases)."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float | None = 1.0  # largest gradient norm; None: no clipping
+
+    def check(self) -> None:
+        _choice("optim.name", self.name, OPTIMISERS)
+        _positive("optim.lr", self.lr)
+        if self.grad_clip is not None:
+            _positive("optim.grad_clip", self.grad_clip)
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Learning rate against tokens seen, as a factor of optim.lr."""
+
+    name: str = "cosine"
+    warmup_tokens: int | None = None  # None: 5 % of the run
+    decay_fraction: float = 0.2  # wsd only: the last part of the run
+    final_factor: float = 0.1
+
+    def check(self) -> None:
+        _choice("schedule.name", self.name, SCHEDULES)
+        if self.warmup_tokens is not None and self.warmup_tokens < 0:
+            raise ConfigError(f"schedule.warmup_tokens={self.warmup_tokens} is negative; use 0 for no warm-up")
+        if not 0.0 < self.decay_fraction <= 1.0:
+            raise ConfigError(f"schedule.decay_fraction={self.decay_fraction} is not in (0, 1]; 0.2 decays over the last fifth")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """One step reads batch_size sequences of seq_len tokens, micro_batch of them at a time."""
+
+    steps: int = 500
+    seq_len: int = 256
+    batch_size: int = 16
+    micro_batch: int | None = None  # None: batch_size, no accumulation
+    device: str = "auto"
+    precision: str = "auto"  # auto: bf16 autocast on CUDA, fp32 on the CPU
+    threads: int | None = None  # CPU threads; None: torch's own choice
+    compile: bool = False
+    log_every: int = 10  # steps
+    save_every: int | None = None  # steps between checkpoints; None: only at the end
+    keep_checkpoints: int = 2
+    memory: bool = True  # measure peak memory in fresh processes before training
+
+    def check(self) -> None:
+        for name in ("steps", "seq_len", "batch_size", "log_every", "keep_checkpoints"):
+            _positive(f"trainer.{name}", getattr(self, name))
+        if self.save_every is not None:
+            _positive("trainer.save_every", self.save_every)
+        _choice("trainer.device", self.device, DEVICES)
+        _choice("trainer.precision", self.precision, PRECISIONS)
+        if self.micro_batch is not None:
+            _positive("trainer.micro_batch", self.micro_batch)
+            if self.batch_size % self.micro_batch:
+                fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
+                raise ConfigError(
+                    f"trainer.batch_size={self.batch_size} is not a multiple of trainer.micro_batch={self.micro_batch}; "
+                    f"use micro_batch in {tuple(fits)}"
+                )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """The JSONL in the run directory is the record; W&B mirrors it. `auto`: online only with a key, else offline."""
+
+    mode: str = "auto"
+    project: str = "xattn"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+    log_model: bool = False
+
+    def check(self) -> None:
+        _choice("tracking.mode", self.mode, TRACKING_MODES)
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """One fixed set of validation tokens, judged at several lengths and with evaluation-time flags."""
+
+    tokens: int = 65_536  # validation tokens predicted, the same ones at every length
+    every: int | None = None  # steps between evaluations while training; None: only at the end
+    every_tokens: int = 8_192  # how many of the tokens those use
+    batch_tokens: int = 8_192  # tokens a forward; changes speed and memory, never a result
+    length_factors: list[int] = field(default_factory=lambda: [1, 2, 4])  # times trainer.seq_len
+    flags: dict[str, Any] = field(default_factory=dict)  # evaluation-time flags of every evaluation
+    extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> flags, judged beyond the trained length
+    position_buckets: int = 8
+
+    def check(self) -> None:
+        for name in ("tokens", "every_tokens", "batch_tokens", "position_buckets"):
+            _positive(f"eval.{name}", getattr(self, name))
+        if self.every is not None:
+            _positive("eval.every", self.every)
+        if not self.length_factors or min(self.length_factors) < 1 or 1 not in self.length_factors:
+            raise ConfigError(
+                f"eval.length_factors={list(self.length_factors)} must hold 1 (the trained length) and nothing below it; "
+                "use [1,2,4]"
+            )
+        if "none" in self.extensions:
+            raise ConfigError("eval.extensions: the name none is taken by the model as trained; use another name")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One training run. `isolate` trains in a worker process of its own, which is what makes its memory figures true."""
+
+    name: str = "run"
+    seed: int = 0
+    isolate: bool = True
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError for the first field that cannot be. Model flags are checked by xattn.parse, in compose.py."""
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} is not in 0..2**32-1; use seed=0")
+        for group in (self.data, self.optim, self.schedule, self.trainer, self.tracking, self.eval):
+            group.check()
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
+    """xattn-train: one run (or, with -m, several) and where it goes."""
+
+    run_dir: str = "runs/${name}"
+
+
+@dataclass(kw_only=True)
+class CompareConfig(RunConfig):
+    """xattn-compare: variants x seeds of one shared run config. `runs` only reports on finished run directories."""
+
+    study: str = "study"
+    description: str | None = None
+    variants: dict[str, Any] = field(default_factory=dict)  # name -> model flags that differ from the shared ones
+    baseline: str | None = None  # None: the first variant
+    seeds: list[int] = field(default_factory=lambda: [0])
+    dir: str = "runs/${study}"
+    runs: str | None = None
+    param_tolerance: float = 0.02  # rows further from the baseline's parameter count are marked not comparable
+    plots: bool = True
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """xattn-eval: judge a finished run again, with other lengths or evaluation-time flags."""
+
+    run: str = "???"
+    out: str | None = None  # None: evaluations/<number>.json in the run directory
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def _choice(name: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ConfigError(f"{name}={given} is not known; use one of {', '.join(choices)}")
+
+
+def _positive(name: str, given: float) -> None:
+    if not given > 0:
+        raise ConfigError(f"{name}={given} is not positive; use a value above 0")

@@ -1,0 +1,100 @@
+"""xattn-train: compose one run, or a sweep with -m, and train each in a worker process.
+
+    xattn-train +experiment=selective
+    xattn-train -m model.sliding_window=64,128 seed=0,1
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from xattn import ConfigError
+from xattn.experiments import record
+from xattn.experiments.compose import as_run, command_line, hydra_main, load_config, resolve
+from xattn.experiments.launch import launch
+from xattn.experiments.record import say
+
+
+def main() -> None:
+    """Console entry of xattn-train."""
+    command_line(_body)
+
+
+def _body(argv: list[str]) -> int:
+    resume = next((arg.removeprefix("resume=") for arg in argv if arg.startswith("resume=")), None)
+    if resume is not None:
+        return _resume(Path(resume), [arg for arg in argv if not arg.startswith("resume=")])
+    results: list[dict[str, Any]] = []
+
+    def task(cfg: Any) -> float:
+        result = _one(cfg)
+        results.append(result)
+        if result["status"] == record.INTERRUPTED:
+            raise KeyboardInterrupt
+        return _objective(result)
+
+    hydra_main(task, "train", argv)
+    if len(results) > 1:
+        done = sum(result["status"] == record.COMPLETED for result in results)
+        say(f"{done} of {len(results)} runs completed")
+    return _exit_status(results)
+
+
+def _one(cfg: Any) -> dict[str, Any]:
+    """Train one composed job. A config that cannot be is a recorded row of the sweep, not its end."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    run_dir = Path(hydra.runtime.output_dir)
+    try:
+        config = as_run(resolve(cfg))
+        result = launch(config, run_dir)
+    except ConfigError as error:
+        if hydra.mode != RunMode.MULTIRUN:
+            _drop_if_empty(run_dir)
+            raise
+        say(f"invalid: {error}")
+        flags = {name: value for name, value in dict(cfg.model).items() if value is not None}
+        result = record.write_failure(run_dir, record.INVALID, str(error), name=cfg.name, seed=cfg.seed, flags=flags)
+    _print_result(result, run_dir)
+    return result
+
+
+def _resume(run_dir: Path, others: list[str]) -> int:
+    if not (run_dir / record.CONFIG).is_file():
+        raise ConfigError(f"resume={run_dir} is no run directory: it has no {record.CONFIG}")
+    if others:
+        raise ConfigError(
+            f"resume= takes the config saved in {run_dir} and nothing else; drop {' '.join(others)}, or start a new run"
+        )
+    result = launch(load_config(run_dir / record.CONFIG), run_dir)
+    _print_result(result, run_dir)
+    return _exit_status([result])
+
+
+def _drop_if_empty(run_dir: Path) -> None:
+    try:
+        run_dir.rmdir()
+    except OSError:
+        pass  # it holds something already
+
+
+def _print_result(result: dict[str, Any], run_dir: Path) -> None:
+    if result["status"] != record.COMPLETED:
+        say(f"{result['status']}: {run_dir}")
+        return
+    val, bpb = result["val"], result["val"].get("bpb")
+    bits = f"{bpb:.4f} bits per byte, " if bpb is not None else ""
+    say(f"{bits}perplexity {val['ppl']:.3f}, {result['tokens_per_second']:,.0f} tokens/s: {run_dir}")
+
+
+def _objective(result: dict[str, Any]) -> float:
+    """What a Hydra sweeper minimises: nats a token, infinite for a run that failed."""
+    return result["val"]["loss_nats"] if result["status"] == record.COMPLETED else math.inf
+
+
+def _exit_status(results: list[dict[str, Any]]) -> int:
+    if any(result["status"] == record.INTERRUPTED for result in results):
+        return 75
+    return int(any(result["status"] != record.COMPLETED for result in results))
