@@ -1,0 +1,24 @@
+"""What every test shares: one thread, seeded draws, property tests that replay the same examples, and the devices."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+# the same examples on every run and every machine; nothing is written beside the code
+settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=150)
+settings.load_profile("steady")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device of this machine in turn."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
