@@ -1,7 +1,7 @@
 """Back-end over torch's scaled_dot_product_attention: fused where torch has a kernel, blocked where a window allows.
 
 Three plans: plain (torch's causal or full kernel, memory linear), blocked (a window as blocks that see their neighbours,
-memory n x 2W), masked (one dense mask). Letters: t blocks, c queries a block, l keys a block.
+memory n x 2W), masked (one dense mask). Letters: t blocks, c queries a block, l keys near a block, s sink tokens.
 """
 
 import torch
@@ -66,16 +66,17 @@ def run(
 
 def mask_bytes(spec: AttentionSpec, layout_i: Layout, layout_j: Layout, itemsize: int) -> int:
     """Bytes of the largest mask that the call would hold."""
-    heads_and_size = spec.heads * itemsize if spec.score else 1
-    rows = layout_i.pos_bn.shape[0] * layout_i.n * heads_and_size
+    rows = layout_i.pos_bn.shape[0] * layout_i.n * itemsize * (spec.heads if spec.score else 1)
     chosen = plan(spec, layout_i, layout_j)
     return {"plain": 0, "masked": rows * layout_j.n, "blocked": rows * 3 * (spec.pattern.sliding_window or 0)}[chosen]
 
 
 def _rotated(x_bhnd: Tensor, rope: Rope, layout: Layout) -> Tensor:
     dim_head, dtype = x_bhnd.shape[-1], x_bhnd.dtype
-    table = layout.memo(("rope", rope, dim_head, dtype), lambda: rope.table(layout.pos_bn, dim_head, dtype))
-    return rope.rotate(x_bhnd, table)
+    cos, sin = layout.memo(("rope", rope, dim_head, dtype), lambda: rope.table(layout.pos_bn, dim_head, dtype))
+    # turned in the projection's own b n h d order: torch's kernels then answer in it, and merging heads copies nothing
+    x_bnhd = rope.rotate(x_bhnd.transpose(1, 2), (cos.transpose(1, 2), sin.transpose(1, 2)))
+    return x_bnhd.transpose(1, 2)
 
 
 def _sink_query(q_bhid: Tensor, value_h: Tensor) -> Tensor:
@@ -139,22 +140,20 @@ def _mask(
     sink: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """torch's mask (b 1|h i j), bool or additive, and which queries see anything (b 1 i 1).
+    """torch's additive mask (b 1|h i j), and which queries see anything (b 1 i 1).
 
     A query that sees nothing is let see everything, so that no kernel divides by zero; the caller blanks its output.
+    Additive, since torch turns a bool mask into one again in every layer, and keeps each for the backward.
     """
     allowed_bij = spec.pattern.allowed(pos_bi, pos_bj, doc_bi, doc_bj)
     seen = allowed_bij.any(dim=-1)[:, None, :, None]
-    mask = allowed_bij[:, None] | ~seen
-    if spec.score:
-        zeros = torch.zeros(1, spec.heads, 1, 1, dtype=torch.promote_types(dtype, torch.float32), device=mask.device)
-        distance_bij = spec.positions.distance(pos_bi, pos_bj)
-        for part in spec.score:
-            zeros = part.modify(zeros, distance_bij)
-        mask = zeros.masked_fill(~mask, float("-inf")).to(dtype)
-    if sink:
-        mask = pad(mask, (1, 0), value=0.0 if spec.score else True)
-    return mask, seen
+    heads = spec.heads if spec.score else 1
+    bias = torch.zeros(1, heads, 1, 1, dtype=torch.promote_types(dtype, torch.float32), device=allowed_bij.device)
+    distance_bij = spec.positions.distance(pos_bi, pos_bj)
+    for part in spec.score:
+        bias = part.modify(bias, distance_bij)
+    mask = bias.masked_fill(~(allowed_bij[:, None] | ~seen), float("-inf")).to(dtype)
+    return pad(mask, (1, 0)) if sink else mask, seen
 
 
 def _blocked(
@@ -162,49 +161,52 @@ def _blocked(
     dropout_p: float,
 ) -> Tensor:  # fmt: skip
     b, n = q.shape[0], q.shape[2]
-    window, sinks, back_only = spec.pattern.sliding_window, spec.pattern.sink_tokens, spec.pattern.causal
-    c, behind, ahead = _block_sizes(window, back_only)
+    c, sinks, both_sides = _block_size(spec), spec.pattern.sink_tokens, not spec.pattern.causal
     key = ("blocks", spec.pattern, spec.positions, spec.score, spec.heads, q.dtype, sink, b)
     mask, seen = layout_i.memo(key, lambda: _block_mask(spec, layout_i, b=b, sink=sink, dtype=q.dtype))
 
     q = rearrange(pad(q, (0, 0, 0, -n % c)), "b h (t c) d -> (b t) h c d", c=c)
-    blocks = [_blocks(x, c, behind, ahead) for x in (k, v)]
+    fronts = [x[:, :, :sinks] for x in (k, v)]
+    k, v = (_stretches(x, c, both_sides=both_sides) for x in (k, v))
     if sinks:
-        blocks = [
-            torch.cat([repeat(x[:, :, :sinks], "b g s d -> (b t) g s d", t=t.shape[0] // b), t], dim=2)
-            for x, t in zip((k, v), blocks, strict=True)
-        ]
-    k, v = _with_sink(*blocks) if sink else blocks
+        t = k.shape[0] // b
+        k, v = (
+            torch.cat([repeat(front, "b g s d -> (b t) g s d", t=t), x], dim=2)
+            for front, x in zip(fronts, (k, v), strict=True)
+        )
+    if sink:
+        k, v = _with_sink(k, v)
     out = _attend(q, k, v, mask=mask, causal=False, scale=scale, dropout_p=dropout_p)
-    return rearrange(out.masked_fill(~seen, 0.0), "(b t) h c d -> b h (t c) d", b=b)[:, :, :n]
+    if layout_i.kind != "plain":
+        out = out.masked_fill(~seen, 0.0)
+    return rearrange(out, "(b t) h c d -> b h (t c) d", b=b)[:, :, :n]
 
 
-def _block_sizes(window: int, back_only: bool) -> tuple[int, int, int]:
-    """Queries a block, and keys before and after it that the block needs."""
-    c = max(window, 16)
-    # kernels like key counts in multiples of 8, and the window says who is too far anyway
-    reach = -(-(window - 1) // 8) * 8
-    return c, reach, 0 if back_only else reach
+def _block_size(spec: AttentionSpec) -> int:
+    """Queries a block: the window, in kernels' favourite multiple of 8; the window's keys lie within one block more."""
+    return max(16, -(-spec.pattern.sliding_window // 8) * 8)
 
 
-def _blocks(x_bgnd: Tensor, c: int, behind: int, ahead: int, value: float = 0) -> Tensor:
-    """Overlapping stretches ((b t) g l d): each block of c slots with the slots behind and ahead of it."""
+def _stretches(x_bgnd: Tensor, c: int, *, both_sides: bool, value: float = 0) -> Tensor:
+    """The keys near each block of c slots, ((b t) g l d): the block before, the block, and the block after if both_sides."""
     n = x_bgnd.shape[2]
-    padded = pad(x_bgnd, (0, 0, behind, -n % c + ahead), value=value)
-    return rearrange(padded.unfold(2, behind + c + ahead, c), "b g t d l -> (b t) g l d")
+    padded = pad(x_bgnd, (0, 0, c, -n % c + (c if both_sides else 0)), value=value)
+    blocks = rearrange(padded, "b g (t c) d -> b g t c d", c=c)
+    t = -(-n // c)
+    stretch = torch.cat([blocks[:, :, i : i + t] for i in range(3 if both_sides else 2)], dim=3)
+    return rearrange(stretch, "b g t l d -> (b t) g l d")
 
 
 def _block_mask(spec: AttentionSpec, layout: Layout, *, b: int, sink: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The mask of every block ((b t) 1|h c l) and which of its queries see anything."""
-    c, behind, ahead = _block_sizes(spec.pattern.sliding_window, spec.pattern.causal)
+    c, both_sides = _block_size(spec), not spec.pattern.causal
 
-    def cut(x_bn: Tensor, before: int, after: int, empty: int) -> Tensor:
-        return _blocks(x_bn[:, None, :, None], c, before, after, empty)[:, 0, :, 0]
+    def near(x_bn: Tensor) -> Tensor:
+        return _stretches(x_bn[:, None, :, None], c, both_sides=both_sides, value=-1)[:, 0, :, 0]
 
-    pos_i, pos_j = cut(layout.pos_bn, 0, 0, -1), cut(layout.pos_bn, behind, ahead, -1)
-    doc_i = doc_j = None
-    if layout.doc_bn is not None:
-        doc_i, doc_j = cut(layout.doc_bn, 0, 0, -1), cut(layout.doc_bn, behind, ahead, -1)
+    pos_j, doc_j = near(layout.pos_bn), None if layout.doc_bn is None else near(layout.doc_bn)
+    # a block's own slots are the second c of its stretch
+    pos_i, doc_i = pos_j[:, c : 2 * c], None if doc_j is None else doc_j[:, c : 2 * c]
     sinks = spec.pattern.sink_tokens
     if sinks:
         # the sinks stand in front of each block; where the stretch holds them again they must not count twice
@@ -212,5 +214,6 @@ def _block_mask(spec: AttentionSpec, layout: Layout, *, b: int, sink: bool, dtyp
         front = torch.arange(sinks, device=pos_j.device).expand(pos_j.shape[0], -1)
         pos_j = torch.cat([front, pos_j], dim=1)
     mask, seen = _mask(spec, pos_i, pos_j, doc_i, doc_j, sink=sink, dtype=dtype)
-    rows = layout.pos_bn.shape[0]
-    return (mask, seen) if rows == b else (repeat(mask, "t h c l -> (b t) h c l", b=b), repeat(seen, "t x c y -> (b t) x c y", b=b))
+    if layout.pos_bn.shape[0] == b:
+        return mask, seen
+    return repeat(mask, "t h c l -> (b t) h c l", b=b), repeat(seen, "t h c l -> (b t) h c l", b=b)

@@ -120,7 +120,7 @@ class Rope(NoPositions):
 
     @staticmethod
     def rotate(x_bhnd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        """x (b h n d) turned by the table's angles, in x's dtype."""
+        """x (b h n d) turned by the table's angles, in x's dtype; any order of axes that the table shares will do."""
         cos, sin = table
         half = cos.shape[-1]
         first, second = x_bhnd[..., :half], x_bhnd[..., half : 2 * half]
