@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from xattn.spec.flags import flag_table, parse_attention
 from xattn.spec.model import AttentionSpec
 
 BATCH, HEADS, N, DIM_HEAD = 2, 6, 37, 16
+# the devices of this machine, each with the marks of its tests
+DEVICES = {"cpu": ()} | ({"cuda": (pytest.mark.gpu,)} if torch.cuda.is_available() else {})
 SIZES = {"heads": HEADS, "dim_head": DIM_HEAD}
 
 
@@ -218,13 +221,13 @@ def seats(case: Case) -> list[str]:
 
 
 def tensors(
-    spec: AttentionSpec, n: int = N, *, batch: int = BATCH, device: torch.device | str = "cpu", draw: int = 0
+    spec: AttentionSpec, n: int = N, *, batch: int = BATCH, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """Random q, k, v, sink_logits (where the spec has them) and out's gradient dout, in float64.
 
     Every number is a bfloat16, so that rounding the inputs costs nothing in any precision.
     """
-    source = torch.Generator().manual_seed(1000 * draw + n)
+    source = torch.Generator().manual_seed(n)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=source, dtype=torch.float64).bfloat16().double().to(device)

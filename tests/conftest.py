@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import DEVICES
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -16,9 +17,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
+@pytest.fixture(params=[pytest.param(name, marks=marks) for name, marks in DEVICES.items()])
+def device(request: pytest.FixtureRequest) -> str:
     """Each device of this machine in turn."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(request.param)
+    return request.param

@@ -608,9 +608,11 @@ def test_layouts_seat_tokens_as_the_rules_say(data: st.DataObject) -> None:
 
 # Gradients
 
-CHECKED = ["plain", "gqa", "rotary_partial_yarn", "self_extend_softcap_sink_logits", "softcap_alibi", "window_sinks",
-           "sink_logits", "selective", "selective_window_sinks", "selective_window_self_extend_gqa_softcap",
-           "everything", "encoder_window_sinks_sink_logits_alibi_gqa", "encoder_self_extend_window_softcap"]  # fmt: skip
+CHECKED = [
+    "plain", "gqa", "rotary_partial_yarn", "self_extend_softcap_sink_logits", "softcap_alibi", "window_sinks",
+    "sink_logits", "selective", "selective_window_sinks", "selective_window_self_extend_gqa_softcap", "everything",
+    "encoder_window_sinks_sink_logits_alibi_gqa", "encoder_self_extend_window_softcap",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHECKED)
