@@ -66,9 +66,11 @@ def run(
 
 def mask_bytes(spec: AttentionSpec, layout_i: Layout, layout_j: Layout, itemsize: int) -> int:
     """Bytes of the largest mask that the call would hold."""
-    rows = layout_i.pos_bn.shape[0] * layout_i.n * itemsize * (spec.heads if spec.score else 1)
     chosen = plan(spec, layout_i, layout_j)
-    return {"plain": 0, "masked": rows * layout_j.n, "blocked": rows * 3 * (spec.pattern.sliding_window or 0)}[chosen]
+    if chosen == "plain":
+        return 0
+    keys = layout_j.n if chosen == "masked" else 3 * block_size(spec)
+    return layout_i.pos_bn.shape[0] * layout_i.n * keys * itemsize * (spec.heads if spec.score else 1)
 
 
 def _rotated(x_bhnd: Tensor, rope: Rope, layout: Layout) -> Tensor:
@@ -161,7 +163,7 @@ def _blocked(
     dropout_p: float,
 ) -> Tensor:  # fmt: skip
     b, n = q.shape[0], q.shape[2]
-    c, sinks, both_sides = _block_size(spec), spec.pattern.sink_tokens, not spec.pattern.causal
+    c, sinks, both_sides = block_size(spec), spec.pattern.sink_tokens, not spec.pattern.causal
     key = ("blocks", spec.pattern, spec.positions, spec.score, spec.heads, q.dtype, sink, b)
     mask, seen = layout_i.memo(key, lambda: _block_mask(spec, layout_i, b=b, sink=sink, dtype=q.dtype))
 
@@ -182,7 +184,7 @@ def _blocked(
     return rearrange(out, "(b t) h c d -> b h (t c) d", b=b)[:, :, :n]
 
 
-def _block_size(spec: AttentionSpec) -> int:
+def block_size(spec: AttentionSpec) -> int:
     """Queries a block: the window, in kernels' favourite multiple of 8; the window's keys lie within one block more."""
     return max(16, -(-spec.pattern.sliding_window // 8) * 8)
 
@@ -199,7 +201,7 @@ def _stretches(x_bgnd: Tensor, c: int, *, both_sides: bool, value: float = 0) ->
 
 def _block_mask(spec: AttentionSpec, layout: Layout, *, b: int, sink: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The mask of every block ((b t) 1|h c l) and which of its queries see anything."""
-    c, both_sides = _block_size(spec), not spec.pattern.causal
+    c, both_sides = block_size(spec), not spec.pattern.causal
 
     def near(x_bn: Tensor) -> Tensor:
         return _stretches(x_bn[:, None, :, None], c, both_sides=both_sides, value=-1)[:, 0, :, 0]

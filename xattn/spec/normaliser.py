@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from xattn.spec.part import Flag, Part, part
@@ -16,18 +17,14 @@ class Softmax(Part):
 
     def weights(self, sim_bhij: Tensor, allowed_bij: Tensor, sink_logits_h: Tensor | None = None) -> Tensor:
         """Attention weights (b h i j) from logits and the allowed pairs (b i j)."""
-        sim = sim_bhij.masked_fill(~allowed_bij[:, None], float("-inf"))
-        pivot = sim.detach().amax(dim=-1, keepdim=True)
-        if sink_logits_h is not None:
-            sink = sink_logits_h.to(sim.dtype)[:, None, None]
-            pivot = pivot.maximum(sink.detach())
-        # a row without keys has a pivot of -inf, and -inf - -inf is NaN
-        pivot = pivot.masked_fill(pivot == float("-inf"), 0.0)
-        weight = (sim - pivot).exp()
-        total = weight.sum(dim=-1, keepdim=True)
-        if sink_logits_h is not None:
-            total = total + (sink - pivot).exp()
-        return weight / total.masked_fill(total == 0, 1.0)
+        seen_b1i1 = allowed_bij.any(dim=-1)[:, None, :, None]
+        # a softmax over nothing is NaN, also in its gradient: such a row takes all keys, then counts for nothing
+        sim = sim_bhij.masked_fill(~allowed_bij[:, None] & seen_b1i1, float("-inf"))
+        return self.softmax(sim, sink_logits_h).masked_fill(~seen_b1i1, 0.0)
+
+    def softmax(self, sim_bhij: Tensor, sink_logits_h: Tensor | None) -> Tensor:
+        """The weights of rows that see something."""
+        return sim_bhij.softmax(dim=-1)
 
 
 @part(
@@ -44,3 +41,7 @@ class SinkSoftmax(Softmax):
 
     Source: gpt-oss, arXiv 2508.10925 §2.2; Miller, "Attention is off by one", with the logit fixed at 0.
     """
+
+    def softmax(self, sim_bhij: Tensor, sink_logits_h: Tensor | None) -> Tensor:
+        sink = sink_logits_h.to(sim_bhij.dtype)[None, :, None, None].expand(*sim_bhij.shape[:3], 1)
+        return torch.cat([sim_bhij, sink], dim=-1).softmax(dim=-1)[..., :-1]
