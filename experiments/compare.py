@@ -1,8 +1,8 @@
 """xattn-compare: train variants of one run on equal tokens, and report what each costs and buys.
 
-    xattn-compare                          the quick study: two CPU cores, under ten minutes
-    xattn-compare +sweep=NAME seed=0,1,2   a study of configs/sweep, over seeds
-    xattn-compare runs=DIR                 report on run directories that exist already
+xattn-compare                          the quick study: two CPU cores, under ten minutes
+xattn-compare +sweep=NAME seed=0,1,2   a study of configs/sweep, over seeds
+xattn-compare runs=DIR                 report on run directories that exist already
 """
 
 from copy import deepcopy
@@ -12,7 +12,8 @@ from typing import Any
 
 from xattn import ConfigError
 from xattn.experiments import record
-from xattn.experiments.compose import as_run, check_flags, command_line, hydra_main, resolve
+from xattn.experiments.compose import check_flags, command_line, hydra_main, resolve
+from xattn.experiments.configfile import as_run
 from xattn.experiments.gather import find_runs, gather
 from xattn.experiments.launch import launch, prepare
 from xattn.experiments.plots import draw
@@ -43,7 +44,7 @@ def _body(argv: list[str]) -> int:
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """Hydra's spelling of what users type: `sweep=x` is `+sweep=x`, `seed=0,1` is `seeds=[0,1]`; no sweep is the quick one."""
+    """What users type, as Hydra spells it: `+sweep=x`, `seeds=[0,1]`; without a sweep, the quick one."""
     spelled = []
     for arg in argv:
         if arg.startswith("sweep="):
@@ -65,7 +66,8 @@ def _study(config: CompareConfig) -> int:
     # Every directory is checked before the first run, so that a clash is found now and not after an hour.
     for job in jobs:
         prepare(job.config, job.run_dir)
-    say(f"{config.study}: {len(config.variants)} variants, seeds {config.seeds}, {config.trainer.tokens:,} tokens each, in {folder}")
+    size = f"{len(config.variants)} variants, seeds {config.seeds}, {config.trainer.tokens:,} tokens each"
+    say(f"{config.study}: {size}, in {folder}")
     for number, job in enumerate(jobs, start=1):
         prefix = f"[{number}/{len(jobs)} {job.run_dir.name}] "
         result = launch(job.config, job.run_dir, prefix=prefix, quiet=True)
@@ -87,6 +89,9 @@ def plan(config: CompareConfig, folder: Path) -> list[Job]:
         raise ConfigError(f"seeds={config.seeds} must name each seed once and at least one; use seed=0,1,2")
     if config.baseline is not None and config.baseline not in config.variants:
         raise ConfigError(f"baseline={config.baseline} is no variant; use one of {', '.join(config.variants)}")
+    strangers = [name for name in config.extended or () if name not in config.variants]
+    if strangers:
+        raise ConfigError(f"extended={strangers}: no such variant; use names of {', '.join(config.variants)}")
     jobs = []
     # Seeds outermost: a study that is stopped early has every variant of the first seeds.
     for seed in config.seeds:
@@ -104,6 +109,8 @@ def _variant(config: CompareConfig, name: str, flags: Any, seed: int) -> RunConf
     run = deepcopy(as_run(config))
     run.name, run.seed = name, seed
     run.model = {key: value for key, value in (run.model | (flags or {})).items() if value is not None}
+    if config.extended is not None and name not in config.extended:
+        run.eval.extensions = {}
     run.tracking.group = run.tracking.group or config.study
     try:
         run.check()

@@ -1,14 +1,11 @@
-"""From the command line to one checked config: Hydra composes, and nothing starts before every flag has been understood."""
+"""From the command line to one checked config: Hydra composes, and nothing starts before every flag is understood."""
 
 import difflib
-import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any
 
 import xattn
 from xattn import ConfigError
@@ -21,9 +18,6 @@ GROUPS = ("model", "data", "optim", "schedule", "trainer", "tracking", "eval", "
 BYTES_VOCABULARY = 256
 # Everything the library raises for what a user asked; anything else is our own mistake and keeps its traceback.
 USER_ERRORS = (ConfigError, xattn.CheckpointError, xattn.ShapeError, xattn.TokenError)
-_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
-
-T = TypeVar("T")
 
 
 def schemas() -> dict[str, Any]:
@@ -45,17 +39,41 @@ def hydra_main(task: Callable[[Any], Any], command: str, argv: list[str]) -> Non
     """Compose `configs/<command>.yaml` with the overrides in `argv` and call `task(cfg)` for each job.
 
     Raises:
-        ConfigError: an override names a key that no group has.
+        ConfigError: an override names a key that no group has, or the task raised it.
     """
     import hydra
     from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
 
     store = ConfigStore.instance()
     for name, node in schemas().items():
         store.store(name=f"base_{name}", node=node)
     check_overrides(argv, schemas()[command])
     sys.argv = [f"xattn-{command}", *argv]
-    hydra.main(config_path=str(CONFIGS), config_name=command, version_base="1.3")(task)()
+    refusals: list[Exception] = []
+
+    def guarded(cfg: Any) -> Any:
+        # Hydra would print a traceback and exit: our own errors are carried past it.
+        try:
+            return task(cfg)
+        except USER_ERRORS as error:
+            _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
+            refusals.append(error)
+
+    hydra.main(config_path=str(CONFIGS), config_name=command, version_base="1.3")(guarded)()
+    if refusals:
+        raise refusals[0]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Take back the directories that Hydra made for a job that was then refused."""
+    for path in (folder, *folder.parents):
+        if path == Path.cwd() or path in Path.cwd().parents:
+            return
+        try:
+            path.rmdir()
+        except OSError:
+            return  # something lies in it
 
 
 def check_overrides(argv: Iterable[str], schema: Any) -> None:
@@ -88,7 +106,7 @@ def _check_key(key: str, schema: Any) -> None:
 
 
 def _unknown_key(key: str, parent: str, part: str, names: list[str]) -> None:
-    if parent == "model" or parent.endswith(".flags"):
+    if parent == "model" or parent.startswith(("eval.flags", "eval.extensions")):
         for name, flag in xattn.flag_table().items():
             if part in flag.aliases:
                 raise ConfigError(f"{key} is an alias; on the command line use {parent}.{name}")
@@ -108,8 +126,12 @@ def resolve(cfg: Any) -> Any:
         ConfigError: naming the field, what was given and what would work.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    config = OmegaConf.to_object(cfg)
+    try:
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the config cannot be resolved: {error}") from None
     config.eval.flags = _given(config.eval.flags)
     if isinstance(config, RunConfig):
         config.model = _given(config.model)
@@ -127,8 +149,8 @@ def complete_model(config: RunConfig) -> None:
     num_tokens = config.model.setdefault("num_tokens", vocabulary)
     if isinstance(num_tokens, int) and num_tokens < vocabulary and config.data.source != "bin":
         raise ConfigError(
-            f"model.num_tokens={num_tokens} is less than the {vocabulary} ids of data.tokenizer={config.data.tokenizer}; "
-            f"drop model.num_tokens or use {vocabulary}"
+            f"model.num_tokens={num_tokens} is less than the {vocabulary} ids of "
+            f"data.tokenizer={config.data.tokenizer}; drop model.num_tokens or use {vocabulary}"
         )
     longest = config.model.setdefault("max_seq_len", config.trainer.seq_len)
     if isinstance(longest, int) and config.trainer.seq_len > longest:
@@ -139,94 +161,19 @@ def complete_model(config: RunConfig) -> None:
 
 
 def check_flags(config: RunConfig) -> None:
-    """Parse the model's flags, and the evaluation-time flags on top of them, so that both fail now and not hours later."""
+    """Parse the model's flags, and the evaluation-time flags on top of them: both fail now, not hours later."""
     xattn.parse(config.model)
     if config.eval.flags:
         xattn.parse(config.model | config.eval.flags)
+    known = list(xattn.flag_table())
     for name, flags in config.eval.extensions.items():
-        unknown = [flag for flag in flags if flag not in xattn.flag_table()]
-        for flag in unknown:
-            _unknown_key(f"eval.extensions.{name}.{flag}", f"eval.extensions.{name}.flags", flag, list(xattn.flag_table()))
+        for flag in flags:
+            if flag not in known:
+                _unknown_key(f"eval.extensions.{name}.{flag}", f"eval.extensions.{name}", flag, known)
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
-
-
-# What a run directory keeps.
-
-
-def as_run(config: RunConfig) -> RunConfig:
-    """The RunConfig part of a command's config: what decides a run, without where it is written."""
-    return RunConfig(**{f.name: getattr(config, f.name) for f in fields(RunConfig)})
-
-
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved config as plain YAML; values of secret-looking environment variables never reach it."""
-    path.write_text(yaml.safe_dump(redact(asdict(as_run(config))), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def load_config(path: Path) -> RunConfig:
-    """Read a run's config.yaml. Nothing in it is interpolated or instantiated.
-
-    Raises:
-        ConfigError: no such file, no mapping, or a key that no run has.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a run's config.yaml: {error}") from None
-    config = from_dict(RunConfig, data, where=str(path))
-    config.check()
-    return config
-
-
-def from_dict(cls: type[T], data: Any, *, where: str) -> T:
-    """Build the dataclass from plain data, refusing keys it does not have."""
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where} holds a {type(data).__name__}, not the mapping that a run's config is")
-    known = {f.name: f for f in fields(cls)}
-    for key in data:
-        if key not in known:
-            raise ConfigError(f"{where}: {key} is no field of a run's config; known: {', '.join(known)}")
-    values = {
-        key: from_dict(known[key].type, value, where=f"{where}: {key}") if is_dataclass(known[key].type) else value
-        for key, value in data.items()
-    }
-    return cls(**values)
-
-
-def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """`group.field` -> (old, new) wherever two run configs differ."""
-    flat_old, flat_new = _flatten(asdict(as_run(old))), _flatten(asdict(as_run(new)))
-    return {
-        key: (flat_old.get(key), flat_new.get(key))
-        for key in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(key) != flat_new.get(key)
-    }
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}.{key}" if prefix else str(key)).items()}
-
-
-def redact(value: Any) -> Any:
-    """Replace every occurrence of a secret-looking environment variable's value by its name in angle brackets."""
-    secrets = {v: f"<{k}>" for k, v in os.environ.items() if len(v) >= 8 and any(w in k.upper() for w in _SECRET_WORDS)}
-
-    def clean(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {key: clean(inner) for key, inner in item.items()}
-        if isinstance(item, list | tuple):
-            return [clean(inner) for inner in item]
-        if isinstance(item, str):
-            for secret, name in secrets.items():
-                item = item.replace(secret, name)
-        return item
-
-    return clean(value)
 
 
 def command_line(body: Callable[[list[str]], int]) -> None:

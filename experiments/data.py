@@ -59,7 +59,7 @@ def check_corpus(corpus: Corpus, *, num_tokens: int, trainer: TrainerConfig, eva
     """
     for part, ids, needed in (("training", corpus.train, trainer.seq_len + 1), ("validation", corpus.val, longest + 1)):
         if len(ids) == 0:
-            raise ConfigError(f"the {part} part of {corpus.name} is empty; give a text with at least {needed} tokens in it")
+            raise ConfigError(f"the {part} part of {corpus.name} is empty; give a text of at least {needed} tokens")
         if len(ids) < needed:
             raise ConfigError(
                 f"the {part} part of {corpus.name} has {len(ids)} tokens and one sequence needs {needed}; "
@@ -76,8 +76,8 @@ def check_corpus(corpus: Corpus, *, num_tokens: int, trainer: TrainerConfig, eva
 def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> torch.Tensor:
     """The sequences of one training step.
 
-    A counter-based generator keyed by (seed, step) draws the offsets, so any step can be had without the ones before it:
-    resuming needs no loader state, and accumulation or the number of processes changes nothing.
+    A counter-based generator keyed by (seed, step) draws the offsets, so any step can be had without the ones before
+    it: resuming needs no loader state, and accumulation or the number of processes changes nothing.
 
     Returns: ids of shape (b, n + 1), int64: n inputs and their n targets.
     """

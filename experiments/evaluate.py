@@ -1,6 +1,6 @@
 """xattn-eval: judge a finished run again, at other lengths or with evaluation-time flags.
 
-    xattn-eval run=runs/quick/dense-seed0 eval.flags.self_extend_group=8 eval.flags.self_extend_window=64
+xattn-eval run=runs/quick/dense-seed0 eval.flags.self_extend_group=8 eval.flags.self_extend_window=64
 """
 
 from dataclasses import asdict
@@ -10,7 +10,8 @@ from typing import Any
 import xattn
 from xattn import ConfigError
 from xattn.experiments import record
-from xattn.experiments.compose import check_flags, command_line, hydra_main, load_config, resolve
+from xattn.experiments.compose import check_flags, command_line, hydra_main, resolve
+from xattn.experiments.configfile import load_config
 from xattn.experiments.data import check_corpus, load_corpus
 from xattn.experiments.device import pick_device, pick_precision
 from xattn.experiments.judge import AS_TRAINED, judge_all

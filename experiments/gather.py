@@ -10,12 +10,22 @@ from typing import Any
 
 from xattn import ConfigError
 from xattn.experiments import record
-from xattn.experiments.compose import differences, load_config
+from xattn.experiments.configfile import differences, load_config
 from xattn.experiments.schema import RunConfig
 
 # Differences of config that change no number: where a run is logged, how often, how it is split into forwards.
-_HARMLESS = ("name", "seed", "isolate", "model.", "tracking.", "eval.batch_tokens", "eval.every", "trainer.log_every",
-             "trainer.save_every", "trainer.keep_checkpoints", "trainer.threads", "trainer.memory")  # fmt: skip
+_HARMLESS = ("name", "seed", "isolate", "model.", "tracking.", "eval.batch_tokens", "eval.every", "eval.extensions",
+             "trainer.log_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.threads",
+             "trainer.memory")  # fmt: skip
+# What must be equal in two results, beside their configs.
+_SAME = {
+    "tokens": ("tokens",),
+    "tokeniser": ("data", "tokenizer"),
+    "judged tokens": ("val", "tokens"),
+    "precision": ("precision",),
+    "device": ("device",),
+    "commit": ("commit",),
+}
 # Two-sided 95 % quantiles of Student's t for 1 ... 10 degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -54,7 +64,7 @@ class Row:
     def failures(self) -> list[str]:
         """`seed 1: oom: reason` for each run without a result."""
         return [
-            f"seed {run.config.seed}: {run.result['status']}" + (f": {run.result['error']}" if "error" in run.result else "")
+            f"seed {run.config.seed}: {': '.join(run.result[k] for k in ('status', 'error') if k in run.result)}"
             for run in self.runs
             if not run.done
         ]
@@ -73,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Mean over seeds. `spread` is the sample standard deviation, None for one seed; `half_95` half the 95 % interval."""
+    """Mean over seeds. `spread`: sample standard deviation; `half_95`: half the 95 % interval; None for one seed."""
 
     mean: float
     spread: float | None
@@ -154,11 +164,8 @@ def problems(row: Row, baseline: Row, *, param_tolerance: float) -> list[str]:
     reasons = []
     ours, theirs = row.done[0], baseline.done[0]
     changed = differences(theirs.config, ours.config)
-    reasons += [
-        f"{key} {new}, baseline {old}" for key, (old, new) in changed.items() if not key.startswith(_HARMLESS)
-    ]
-    for label, path in (("tokens", ("tokens",)), ("tokeniser", ("data", "tokenizer")), ("judged tokens", ("val", "tokens")),
-                        ("precision", ("precision",)), ("device", ("device",)), ("commit", ("commit",))):  # fmt: skip
+    reasons += [f"{key} {new}, baseline {old}" for key, (old, new) in changed.items() if not key.startswith(_HARMLESS)]
+    for label, path in _SAME.items():
         a, b = _at(ours.result, path), _at(theirs.result, path)
         if a != b:
             reasons.append(f"{label} {a}, baseline {b}")

@@ -23,7 +23,7 @@ def judge_all(
     """Judge at every length, as trained and with every extension.
 
     Returns: `val` (trained length, no extension), `val_by_length` {extension: {length: score}} and `val_by_position`
-    {extension: {length: [score of each bucket]}}. Where the model cannot do what was asked, the score is {"error": why}.
+    {extension: {length: [score of each bucket]}}. Where the model cannot do what was asked, a score is {"error": why}.
     """
     by_length: dict[str, dict[str, Any]] = {}
     by_position: dict[str, dict[str, Any]] = {}
@@ -34,7 +34,9 @@ def judge_all(
             blocks_bn = eval_blocks(corpus, tokens=eval_config.tokens, length=length, longest=longest)
             try:
                 judged = _with_flags(model, eval_config.flags | flags)
-                nll_bn = token_nll(judged, blocks_bn, batch_tokens=eval_config.batch_tokens, device=device, precision=precision)
+                nll_bn = token_nll(
+                    judged, blocks_bn, batch_tokens=eval_config.batch_tokens, device=device, precision=precision
+                )
             except (ConfigError, xattn.TokenError) as error:
                 by_length[name][str(length)] = {"error": str(error)}
                 continue
@@ -46,7 +48,7 @@ def judge_all(
 def token_nll(
     model: Any, blocks_bn: torch.Tensor, *, batch_tokens: int, device: torch.device, precision: str
 ) -> torch.Tensor:
-    """Nats of each predicted token, float64 on the CPU, shape (b, n): blocks hold n + 1 ids. Leaves the mode as it was."""
+    """Nats of each predicted token, float64 on the CPU, shape (b, n); the blocks hold n + 1 ids."""
     ar = xattn.AutoregressiveWrapper(model)
     was_training = model.training
     model.eval()
@@ -62,7 +64,7 @@ def token_nll(
 
 
 def score(nll_bn: torch.Tensor, targets_bn: torch.Tensor, corpus: Corpus) -> dict[str, Any]:
-    """loss_nats (mean a token), ppl, bpb = sum of nats / ln 2 / bytes of the predicted text (None: bytes unknown), tokens."""
+    """loss_nats (mean a token), ppl, bpb (sum of nats / ln 2 / bytes of the predicted text; None: unknown), tokens."""
     total, tokens = float(nll_bn.sum()), nll_bn.numel()
     text_bytes = corpus.bytes_of(targets_bn.numpy())
     return {
@@ -74,7 +76,7 @@ def score(nll_bn: torch.Tensor, targets_bn: torch.Tensor, corpus: Corpus) -> dic
 
 
 def score_positions(nll_bn: torch.Tensor, *, buckets: int) -> list[dict[str, Any]]:
-    """Mean nats by position, in `buckets` equal parts: `first` to `last` is how many tokens of context were visible + 1."""
+    """Mean nats in `buckets` equal parts of the length; positions `first` to `last`, 0 being the first prediction."""
     n = nll_bn.shape[1]
     edges = sorted({round(k * n / buckets) for k in range(buckets + 1)})
     return [

@@ -12,13 +12,18 @@ from typing import Any
 
 from xattn import ConfigError
 from xattn.experiments import record
-from xattn.experiments.compose import differences, load_config, save_config
+from xattn.experiments.configfile import differences, load_config, save_config
 from xattn.experiments.memory import KINDS, PROBE_ENVIRONMENT
 from xattn.experiments.record import CONFIG, MEMORY, say
 from xattn.experiments.schema import RunConfig
 
 # What may change between a broken run and its continuation, because no number of the result depends on it.
-_MAY_CHANGE = ("tracking.", "isolate", "trainer.log_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.threads")
+_MAY_CHANGE = ("tracking.", "isolate", "trainer.log_every", "trainer.save_every", "trainer.keep_checkpoints",
+               "trainer.threads", "eval.batch_tokens")  # fmt: skip
+
+# Threads that spin while they wait take the cores from every other program, and from each other where cores are shared:
+# a step then takes ten times as long.
+_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 
 
 def prepare(config: RunConfig, run_dir: Path) -> None:
@@ -33,7 +38,7 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
         changed = {k: v for k, v in differences(load_config(path), config).items() if not k.startswith(_MAY_CHANGE)}
         if changed:
             shown = "; ".join(f"{key}: {old} there, {new} now" for key, (old, new) in changed.items())
-            raise ConfigError(f"{run_dir} holds a run with another config ({shown}); use another directory for this one")
+            raise ConfigError(f"{run_dir} holds a run of another config ({shown}); use another directory for this one")
     save_config(config, path)
 
 
@@ -46,13 +51,13 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
         return result
     (run_dir / record.RESULT).unlink(missing_ok=True)
     if not config.isolate:
-        from xattn.experiments.loop import run
+        from xattn.experiments.worker import run
 
         return run(config, run_dir, quiet=quiet)
     if config.trainer.memory and not (run_dir / MEMORY).exists():
         say(f"{prefix}measuring peak memory")
         record.write_json(run_dir / MEMORY, probe_memory(run_dir))
-    arguments = ["xattn.experiments.loop", str(run_dir), *(["--quiet"] if quiet else [])]
+    arguments = ["xattn.experiments.worker", str(run_dir), *(["--quiet"] if quiet else [])]
     code, tail = _process(arguments, log=run_dir / record.LOG, prefix=prefix)
     result = record.read_result(run_dir)
     if result["status"] == record.UNFINISHED:
@@ -69,7 +74,8 @@ def probe_memory(run_dir: Path) -> dict[str, Any]:
     for kind in KINDS:
         path = run_dir / f"memory-{kind}.json"
         path.unlink(missing_ok=True)
-        code, tail = _process(["xattn.experiments.memory", str(run_dir), kind], environment=PROBE_ENVIRONMENT, echo=False)
+        arguments = ["xattn.experiments.memory", str(run_dir), kind]
+        code, tail = _process(arguments, environment=PROBE_ENVIRONMENT, echo=False)
         found = record.read_json(path)
         if code == 0 and found is not None:
             measured |= found
@@ -96,7 +102,7 @@ def _process(
         text=True,
         encoding="utf-8",
         errors="replace",
-        env=os.environ | (environment or {}),
+        env=_WORKER_ENVIRONMENT | os.environ | (environment or {}),
     )
     tail: list[str] = []
     # Probes are short and save nothing: Ctrl-C may end them and this process with them.

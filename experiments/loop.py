@@ -1,17 +1,9 @@
-"""The training loop, run in a worker process of its own: python -m xattn.experiments.loop RUN_DIR [--quiet]
-
-It reads RUN_DIR/config.yaml and leaves result.json, whatever happens short of a kill.
-"""
+"""The training loop: one run from its config to its result. worker.py runs it in a process of its own."""
 
 import itertools
 import math
-import signal
 import statistics
-import sys
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +12,7 @@ import torch
 
 import xattn
 from xattn.experiments import checkpoint, record
-from xattn.experiments.compose import USER_ERRORS, load_config, redact
+from xattn.experiments.configfile import redact
 from xattn.experiments.data import Corpus, Seen, check_corpus, eval_blocks, load_corpus, train_batch
 from xattn.experiments.device import autocast, pick_device, pick_precision, synchronise
 from xattn.experiments.judge import judge_all, score, token_nll
@@ -29,7 +21,6 @@ from xattn.experiments.record import say
 from xattn.experiments.schema import RunConfig
 from xattn.experiments.tracking import WandbMirror
 
-EXIT = {record.COMPLETED: 0, record.FAILED: 1, record.OOM: 1, record.INVALID: 2, record.INTERRUPTED: 75}
 _SECONDS_BETWEEN_LINES = 10.0
 # The first steps pay for allocation and warm-up; they count as training time but not towards tokens a second.
 _WARMUP_STEPS = 3
@@ -41,33 +32,6 @@ class Interrupted(Exception):
 
 class Diverged(Exception):
     """The loss is not a finite number."""
-
-
-def run(config: RunConfig, run_dir: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Train, judge and record one run; every failure becomes a recorded status. Returns the result."""
-    try:
-        with _stop_requests() as stop:
-            result = Trainer(config, run_dir, quiet=quiet, stop=stop).run()
-    except Exception as error:
-        status = status_of(error)
-        if status == record.FAILED:
-            (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        text = str(error) if isinstance(error, (*USER_ERRORS, Interrupted, Diverged)) else f"{type(error).__name__}: {error}"
-        say(f"{status}: {text}")
-        result = record.write_failure(run_dir, status, text, name=config.name, seed=config.seed, flags=config.model)
-    return result
-
-
-def status_of(error: BaseException) -> str:
-    """Which status an exception is recorded as."""
-    if isinstance(error, USER_ERRORS):
-        return record.INVALID
-    if isinstance(error, Interrupted):
-        return record.INTERRUPTED
-    text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return record.OOM
-    return record.FAILED
 
 
 class Trainer:
@@ -86,9 +50,8 @@ class Trainer:
         self._build()
         self._announce()
         self.metrics = record.MetricsFile(self.run_dir, keep_until_step=self.progress.step)
-        self.mirror = WandbMirror(
-            self.run_dir, config.tracking, name=config.name, job_type="train", config=redact(asdict(config)) | self._facts()
-        )
+        described = redact(asdict(config)) | self._facts()
+        self.mirror = WandbMirror(self.run_dir, config.tracking, name=config.name, job_type="train", config=described)
         finished = False
         try:
             self._train()
@@ -163,10 +126,10 @@ class Trainer:
                 step=step + 1, seen=self.seen.digest, seconds=self.progress.seconds + self.step_seconds[-1]
             )
             self._report(loss, grad_norm, lr)
-            self._maybe_save()
+            self._maybe_save(loss)
 
     def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """One optimiser step. Returns the mean loss in nats a token, the gradient norm before clipping, and the rate."""
+        """One optimiser step. Returns the mean loss in nats a token, the gradient norm before clipping, the rate."""
         config, trainer = self.config, self.config.trainer
         ids_bn = train_batch(
             self.corpus, seed=config.seed, step=step, batch_size=trainer.batch_size, seq_len=trainer.seq_len
@@ -196,8 +159,7 @@ class Trainer:
         row: dict[str, Any] = {"step": step, "tokens": step * trainer.tokens_per_step}
         if step % trainer.log_every == 0 or last or step == 1:
             value = float(loss)
-            if not math.isfinite(value):
-                raise Diverged(f"the loss is {value} at step {step}; a smaller optim.lr or a longer warm-up may hold it")
+            _check_finite(value, step)
             row |= {"train/loss": value, "train/grad_norm": float(grad_norm), "train/lr": lr}
             row["perf/tokens_per_second"] = self._tokens_per_second()
         every = self.config.eval.every
@@ -240,16 +202,21 @@ class Trainer:
         settled = self.step_seconds[_WARMUP_STEPS:] or self.step_seconds
         return self.config.trainer.tokens_per_step / statistics.median(settled) if settled else 0.0
 
-    def _maybe_save(self) -> None:
+    def _maybe_save(self, loss: torch.Tensor) -> None:
         trainer, step = self.config.trainer, self.progress.step
-        asked = bool(self.stop["signal"]) and step < trainer.steps
-        if asked or (trainer.save_every is not None and step % trainer.save_every == 0 and step < trainer.steps):
+        if step == trainer.steps:
+            return
+        asked = bool(self.stop["signal"])
+        due = trainer.save_every is not None and step % trainer.save_every == 0
+        if asked or due:
+            # Looked at here too: weights that have diverged must not push out the last good checkpoint.
+            _check_finite(float(loss), step)
             checkpoint.save_checkpoint(
                 self.run_dir, self.model, self.optimiser, self.progress, keep=trainer.keep_checkpoints
             )
         if asked:
             self.mirror.preempting()
-            raise Interrupted(f"{self.stop['signal']} at step {step}; its state is saved, the same command continues it")
+            raise Interrupted(f"{self.stop['signal']} at step {step}; its state is saved: start it again to go on")
 
     # The end.
 
@@ -296,6 +263,11 @@ class Trainer:
         }
 
 
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss is {loss} at step {step}; use a smaller optim.lr or a longer warm-up")
+
+
 def backend_summary(backends: list[dict[str, Any]]) -> str:
     """`sdpa`, or, where layers differ, `sdpa 0-2, reference 3`: which back-end each layer runs on."""
     names = [str(row["backend"]) for row in backends]
@@ -324,33 +296,3 @@ def _save_model(model: Any, path: Path) -> None:
     xattn.save(model, temporary)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[dict[str, Any]]:
-    """SIGTERM, SIGUSR1 (schedulers) and Ctrl-C ask for a stop after the current step instead of ending the process."""
-    stop: dict[str, Any] = {"signal": None}
-
-    def ask(number: int, _frame: Any) -> None:
-        stop["signal"] = signal.Signals(number).name
-
-    try:
-        old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    except ValueError:  # not the main thread (isolate=false under somebody's server): no signals to catch
-        old = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def main(argv: list[str]) -> int:
-    """The worker's entry: exit 0 completed, 1 failed or out of memory, 2 invalid, 75 interrupted (run it again)."""
-    run_dir = Path(argv[0])
-    result = run(load_config(run_dir / record.CONFIG), run_dir, quiet="--quiet" in argv[1:])
-    return EXIT[result["status"]]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

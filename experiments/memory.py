@@ -2,11 +2,11 @@
 
     python -m xattn.experiments.memory RUN_DIR train|infer
 
-What is counted. On CUDA: torch's max_memory_allocated. On the CPU: the growth of the process's resident set, from just
-before the model is built to the peak (VmHWM, reset through /proc/self/clear_refs; where the kernel does not allow it, the
-lifetime peak ru_maxrss). So it holds weights, gradients, optimiser state, activations, temporaries and allocator slack, and
-not the interpreter, torch's own code, or the corpus. `train`: two optimiser steps of the run's micro-batch, so that the
-optimiser's state exists beside the activations. `infer`: one token_nll of the same shape, without gradients.
+What is counted. On CUDA: torch's max_memory_allocated. On the CPU: the growth of the process's resident set, from
+just before the model is built to the peak (VmHWM, reset through /proc/self/clear_refs; where the kernel does not allow
+it, the lifetime peak ru_maxrss). So it holds weights, gradients, optimiser state, activations, temporaries and
+allocator slack, and not the interpreter, torch's own code, or the corpus. `train`: two optimiser steps of the run's
+micro-batch, so that the optimiser's state exists beside the activations. `infer`: one token_nll of that shape.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import xattn
-from xattn.experiments.compose import load_config
+from xattn.experiments.configfile import load_config
 from xattn.experiments.device import autocast, pick_device, pick_precision
 from xattn.experiments.optim import build_optimiser
 from xattn.experiments.record import CONFIG, write_json

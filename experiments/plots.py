@@ -93,9 +93,8 @@ def _length(axes: Any, rows: Sequence[Row]) -> bool:
             if len(points) < 2:
                 continue
             label = row.name if extension == AS_TRAINED else f"{row.name} + {extension}"
-            axes.plot(
-                *zip(*points, strict=True), color=_colour(place), ls=DASHES[number % 4], marker="o", ms=4, lw=1.4, label=label
-            )
+            style = {"color": _colour(place), "ls": DASHES[number % 4], "marker": "o", "ms": 4, "lw": 1.4}
+            axes.plot(*zip(*points, strict=True), label=label, **style)
             drawn = True
     if drawn:
         lengths = sorted({int(n) for row in rows for by in row.first["val_by_length"].values() for n in by})
@@ -117,7 +116,8 @@ def _position(axes: Any, rows: Sequence[Row]) -> bool:
             middles = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
             label = row.name if extension == AS_TRAINED else f"{row.name} + {extension}"
             losses = [bucket["loss_nats"] for bucket in buckets]
-            axes.plot(middles, losses, color=_colour(place), ls=DASHES[number % 4], marker="o", ms=3, lw=1.3, label=label)
+            style = {"color": _colour(place), "ls": DASHES[number % 4], "marker": "o", "ms": 3, "lw": 1.3}
+            axes.plot(middles, losses, label=label, **style)
             drawn = True
     if drawn:
         axes.set(xlabel="position in the context (tokens)", ylabel="loss (nats a token)")

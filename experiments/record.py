@@ -45,7 +45,9 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     return result if isinstance(result, dict) and "status" in result else {"status": UNFINISHED}
 
 
-def write_failure(run_dir: Path, status: str, error: str, *, name: str, seed: int, flags: dict[str, Any]) -> dict[str, Any]:
+def write_failure(
+    run_dir: Path, status: str, error: str, *, name: str, seed: int, flags: dict[str, Any]
+) -> dict[str, Any]:
     """Record a run that did not finish, with the reason; whatever its memory probe measured is kept."""
     result = {
         "status": status,
@@ -80,7 +82,7 @@ class MetricsFile:
 
     def __init__(self, run_dir: Path, *, keep_until_step: int = 0) -> None:
         path = run_dir / METRICS
-        kept = [row for row in read_metrics(run_dir) if row.get("step", 0) <= keep_until_step] if keep_until_step else []
+        kept = [row for row in read_metrics(run_dir) if row.get("step", 0) <= keep_until_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""The comparison as a reader sees it: tables on the terminal, report.md, results.csv, results.json, all from run directories."""
+"""The comparison as a reader sees it: tables on the terminal, report.md, results.csv and results.json."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ _NONE = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Text cells, ready for any output. The first column is text, the others are aligned right unless named in `left`."""
+    """Text cells, ready for any output. Columns are aligned right, but for the first and those named in `left`."""
 
     title: str
     header: list[str]
@@ -121,16 +121,16 @@ def notes(rows: Sequence[Row]) -> list[str]:
     result, config = done[0].first, done[0].runs[0].config
     seeds = sorted({run.config.seed for row in rows for run in row.runs})
     lines = [
-        f"{result['tokens']:,} training tokens a run ({result['data']['corpus']}, {result['data']['tokenizer']} as tokens), "
+        f"{result['tokens']:,} tokens a run ({result['data']['corpus']}, {result['data']['tokenizer']}), "
         f"length {config.trainer.seq_len}, {config.trainer.steps} steps of {config.trainer.batch_size} sequences; "
         f"judged on {result['val']['tokens']:,} fixed validation tokens; seeds {', '.join(map(str, seeds))}; "
         f"{result['device']} {result['precision']}, torch {result['versions']['torch']}, "
-        f"commit {(result['commit'] or 'not in a checkout')[:12]}{' with uncommitted changes' if result['dirty'] else ''}.",
-        "Spread over seeds is the standard deviation, for delta half the 95 % interval of the difference paired by seed."
+        f"commit {(result['commit'] or 'unknown')[:12]}{' with uncommitted changes' if result['dirty'] else ''}.",
+        "± is the standard deviation over seeds; for delta, half the 95 % interval of the difference paired by seed."
         if len(seeds) > 1
         else "One seed: no spread is known, so read small differences as ties.",
-        "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; both "
-        "from fresh processes. KV bytes a token: a 16-bit cache of one sequence of the trained length, divided by it.",
+        "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; "
+        "both from fresh processes. KV bytes a token: a 16-bit cache of one sequence of the trained length, over it.",
     ]
     for row in done:
         for name, by in row.first["val_by_length"].items():

@@ -37,7 +37,7 @@ class DataConfig:
         _choice("data.source", self.source, SOURCES)
         _choice("data.tokenizer", self.tokenizer, TOKENIZERS)
         if not 0.0 < self.val_fraction < 1.0:
-            raise ConfigError(f"data.val_fraction={self.val_fraction} is not between 0 and 1; 0.1 keeps a tenth to judge on")
+            raise ConfigError(f"data.val_fraction={self.val_fraction} is not between 0 and 1; use 0.1")
         if self.source != "shakespeare" and self.path is None:
             raise ConfigError(f"data.source={self.source} reads data.path, which is not given; use data.path=...")
         if self.source == "shakespeare" and self.path is not None:
@@ -77,7 +77,7 @@ class ScheduleConfig:
         if self.warmup_tokens is not None and self.warmup_tokens < 0:
             raise ConfigError(f"schedule.warmup_tokens={self.warmup_tokens} is negative; use 0 for no warm-up")
         if not 0.0 < self.decay_fraction <= 1.0:
-            raise ConfigError(f"schedule.decay_fraction={self.decay_fraction} is not in (0, 1]; 0.2 decays over the last fifth")
+            raise ConfigError(f"schedule.decay_fraction={self.decay_fraction} is not in (0, 1]; use 0.2")
 
 
 @dataclass(kw_only=True)
@@ -109,8 +109,8 @@ class TrainerConfig:
             if self.batch_size % self.micro_batch:
                 fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
                 raise ConfigError(
-                    f"trainer.batch_size={self.batch_size} is not a multiple of trainer.micro_batch={self.micro_batch}; "
-                    f"use micro_batch in {tuple(fits)}"
+                    f"trainer.batch_size={self.batch_size} is not a multiple of "
+                    f"trainer.micro_batch={self.micro_batch}; use micro_batch in {tuple(fits)}"
                 )
 
     @property
@@ -148,7 +148,7 @@ class EvalConfig:
     batch_tokens: int = 8_192  # tokens a forward; changes speed and memory, never a result
     length_factors: list[int] = field(default_factory=lambda: [1, 2, 4])  # times trainer.seq_len
     flags: dict[str, Any] = field(default_factory=dict)  # evaluation-time flags of every evaluation
-    extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> flags, judged beyond the trained length
+    extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> evaluation-time flags
     position_buckets: int = 8
 
     def check(self) -> None:
@@ -158,8 +158,8 @@ class EvalConfig:
             _positive("eval.every", self.every)
         if not self.length_factors or min(self.length_factors) < 1 or 1 not in self.length_factors:
             raise ConfigError(
-                f"eval.length_factors={list(self.length_factors)} must hold 1 (the trained length) and nothing below it; "
-                "use [1,2,4]"
+                f"eval.length_factors={list(self.length_factors)} must hold 1 (the trained length) and nothing "
+                "below it; use [1,2,4]"
             )
         if "none" in self.extensions:
             raise ConfigError("eval.extensions: the name none is taken by the model as trained; use another name")
@@ -167,7 +167,7 @@ class EvalConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """One training run. `isolate` trains in a worker process of its own, which is what makes its memory figures true."""
+    """One training run. `isolate`: in a worker process of its own, which is what makes its memory figures true."""
 
     name: str = "run"
     seed: int = 0
@@ -181,7 +181,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def check(self) -> None:
-        """Raise ConfigError for the first field that cannot be. Model flags are checked by xattn.parse, in compose.py."""
+        """Raise ConfigError for the first field that cannot be; compose.py has xattn.parse check the model flags."""
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} is not in 0..2**32-1; use seed=0")
         for group in (self.data, self.optim, self.schedule, self.trainer, self.tracking, self.eval):
@@ -204,6 +204,7 @@ class CompareConfig(RunConfig):
     variants: dict[str, Any] = field(default_factory=dict)  # name -> model flags that differ from the shared ones
     baseline: str | None = None  # None: the first variant
     seeds: list[int] = field(default_factory=lambda: [0])
+    extended: list[str] | None = None  # variants that eval.extensions are tried on; None: all
     dir: str = "runs/${study}"
     runs: str | None = None
     param_tolerance: float = 0.02  # rows further from the baseline's parameter count are marked not comparable

@@ -3,6 +3,7 @@
 import logging
 import netrc
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -84,7 +85,7 @@ def _start(
     logging.getLogger("wandb").setLevel(logging.ERROR)
     import wandb
 
-    state = read_json(run_dir / STATE) or {"id": wandb.util.generate_id()}
+    state = read_json(run_dir / STATE) or {"id": uuid.uuid4().hex[:8]}
     write_json(run_dir / STATE, state)
     settings = wandb.Settings(
         init_timeout=30,

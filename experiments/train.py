@@ -1,7 +1,7 @@
 """xattn-train: compose one run, or a sweep with -m, and train each in a worker process.
 
-    xattn-train +experiment=selective
-    xattn-train -m model.sliding_window=64,128 seed=0,1
+xattn-train +experiment=selective
+xattn-train -m model.sliding_window=64,128 seed=0,1
 """
 
 import math
@@ -10,7 +10,8 @@ from typing import Any
 
 from xattn import ConfigError
 from xattn.experiments import record
-from xattn.experiments.compose import as_run, command_line, hydra_main, load_config, resolve
+from xattn.experiments.compose import command_line, hydra_main, resolve
+from xattn.experiments.configfile import as_run, load_config
 from xattn.experiments.launch import launch
 from xattn.experiments.record import say
 
@@ -52,7 +53,6 @@ def _one(cfg: Any) -> dict[str, Any]:
         result = launch(config, run_dir)
     except ConfigError as error:
         if hydra.mode != RunMode.MULTIRUN:
-            _drop_if_empty(run_dir)
             raise
         say(f"invalid: {error}")
         flags = {name: value for name, value in dict(cfg.model).items() if value is not None}
@@ -71,13 +71,6 @@ def _resume(run_dir: Path, others: list[str]) -> int:
     result = launch(load_config(run_dir / record.CONFIG), run_dir)
     _print_result(result, run_dir)
     return _exit_status([result])
-
-
-def _drop_if_empty(run_dir: Path) -> None:
-    try:
-        run_dir.rmdir()
-    except OSError:
-        pass  # it holds something already
 
 
 def _print_result(result: dict[str, Any], run_dir: Path) -> None:

@@ -38,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             grad_cv = logits_cv.sub_(lse_c1).exp_()
             grad_cv.scatter_add_(1, target_c1, torch.full_like(lse_c1, -1.0))
-            grad_cv = grad_cv.mul_(valid_c1 / count).to(x_cm.dtype)
+            grad_cv = grad_cv.mul_(valid_c1.to(exact) / count).to(x_cm.dtype)
             if need_x:
                 torch.mm(grad_cv, weight_vm, out=grad_x[at])
             if need_weight:
