@@ -1,6 +1,5 @@
 """attend: checks shapes, resolves the back-end, runs it."""
 
-import torch
 from torch import Tensor
 
 from xattn.errors import ConfigError

@@ -73,7 +73,8 @@ def parse_layers(flags: Mapping[str, Any], *, causal: bool) -> LayersSpec:
     """A stack of layers from the flags of `Decoder` (causal) or `Encoder`. Raises as `parse` does."""
     given = canonical(flags)
     stray = sorted({"causal", "attn_backend", *MODEL_ONLY} & set(given))
-    require(not stray, f"{', '.join(stray)} is no flag of a stack; causal is chosen by Decoder or Encoder, the rest by TransformerWrapper")
+    where = "causal is chosen by Decoder or Encoder, the rest by TransformerWrapper"
+    require(not stray, f"{', '.join(stray)} is no flag of a stack; {where}")
     for name in ("dim", "depth"):
         require(name in given, f"{name} is missing; a stack needs dim and depth")
     require(given["depth"] >= 1, f"depth={given['depth']} must be at least 1")
