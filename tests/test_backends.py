@@ -31,6 +31,7 @@ from measure import assert_exact, assert_within, errors, forward_and_gradients, 
 from torch import Tensor
 
 from xattn.errors import ConfigError, UnsupportedFeature
+from xattn.nn.layers import Decoder, Encoder
 from xattn.ops import sdpa
 from xattn.ops.attention import attend
 from xattn.ops.backends import BACKENDS, Backend, choose, dense_limit, rejected, resolve
@@ -675,3 +676,44 @@ def test_sink_logits_are_passed_exactly_when_the_spec_has_them() -> None:
         attend(q, q, q, spec=CASES["sink_logits"].spec)
     with pytest.raises(ConfigError, match="sink_logits_h has no effect"):
         attend(q, q, q, spec=CASES["plain"].spec, sink_logits_h=torch.zeros(HEADS))
+
+
+# Whole stacks
+
+
+def stack(case: Case, **more: Any) -> Decoder | Encoder:
+    """A stack of two layers of a case."""
+    return (Decoder if case.causal else Encoder)(dim=32, depth=2, **SIZES, **case.flags, **more)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+def test_explain_tells_who_serves_a_layer_and_what_the_others_lack(case: Case) -> None:
+    told = stack(case).explain()
+    assert choose(case.spec).name in told
+    for name, reason in rejected(case.spec).items():
+        assert f"{name} {reason}" in told
+    for name, value in case.flags.items():
+        assert f"{name}={value}" in told
+
+
+def test_explain_tells_layers_apart() -> None:
+    told = Decoder(dim=32, depth=4, **SIZES, logit_softcap=[None, None, 5.0, None]).explain()
+    served = [line.split()[:2] for line in told.splitlines()[1:]]
+    assert served == [["0-1", "sdpa"], ["2", "reference"], ["3", "sdpa"]]
+
+
+def test_a_stack_refuses_its_back_end_when_it_is_built() -> None:
+    for case in CASES.values():
+        for backend in BACKENDS:
+            missing = backend.missing(features(case.spec))
+            if missing:
+                with pytest.raises(UnsupportedFeature) as caught:
+                    stack(case, attn_backend=backend.name)
+                assert all(name in str(caught.value) for name in missing)
+            else:
+                assert {row["backend"] for row in stack(case, attn_backend=backend.name).backends()} == {backend.name}
+
+
+def test_one_layer_that_a_back_end_cannot_serve_refuses_the_stack() -> None:
+    with pytest.raises(UnsupportedFeature, match="logit_softcap"):
+        Decoder(dim=32, depth=3, **SIZES, logit_softcap=[None, None, 5.0], attn_backend="sdpa")
