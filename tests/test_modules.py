@@ -233,3 +233,10 @@ def test_autocast_keeps_loss_and_statistics_in_float32():
 def test_wrapper_refuses_what_is_no_stack():
     with pytest.raises(xattn.ConfigError, match="Decoder or an Encoder"):
         TransformerWrapper(num_tokens=29, max_seq_len=37, attn_layers=torch.nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("flags", [{"sliding_window": 9, "sink_logits": True, "kv_heads": 2}, {"attn_selective": True}])
+def test_model_compiles_without_a_graph_break_and_agrees_with_eager(flags):
+    ar, ids = AutoregressiveWrapper(model_of(rotary_pos_emb=True, depth=1, **flags)), ids_of()
+    compiled = torch.compile(ar, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), ar(ids))

@@ -7,7 +7,6 @@ import torch
 
 import xattn
 from xattn.ops import backends
-from xattn.spec.features import features
 from xattn.spec.part import PARTS, flag, part, require
 from xattn.spec.score import Score
 
@@ -30,8 +29,6 @@ def distance_decay():
 
     yield DistanceDecay
     PARTS["score"].remove(DistanceDecay)
-    backends.rejected.cache_clear()
-    features.cache_clear()
 
 
 def test_a_part_is_all_a_variant_needs(distance_decay, tmp_path):
@@ -60,7 +57,6 @@ def test_a_backend_refuses_it_until_it_names_it(distance_decay, monkeypatch):
         run=backends.REFERENCE.run,
     )  # fmt: skip
     monkeypatch.setattr(backends, "BACKENDS", (able, *backends.BACKENDS))
-    backends.rejected.cache_clear()
     assert {row["backend"] for row in xattn.build(SIZES, distance_decay=0.5).backends()} == {"able"}
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from xattn.errors import UnsupportedFeature, unknown
 from xattn.ops import sdpa
 from xattn.ops.layout import Layout
 from xattn.ops.reference import reference
-from xattn.spec.features import features
 from xattn.spec.model import AttentionSpec
 
 GIB = 2**30
@@ -111,10 +109,9 @@ def named(name: str) -> Backend:
     return by_name[name]
 
 
-@lru_cache(maxsize=4096)
 def rejected(spec: AttentionSpec, call_features: frozenset[str] = frozenset()) -> dict[str, str]:
     """Why each back-end that cannot serve the spec cannot: name -> reason."""
-    wanted = features(spec) | call_features
+    wanted = spec.features | call_features
     missing = {backend.name: backend.missing(wanted) for backend in BACKENDS}
     return {name: f"does not implement {', '.join(names)}" for name, names in missing.items() if names}
 

@@ -74,6 +74,9 @@ class Layout:
 
     def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Something that depends on the layout and the key alone, made once for all layers of a forward pass."""
+        if torch.compiler.is_compiling():
+            # the compiler merges equal work by itself, and cannot hash a spec
+            return make()
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]

@@ -3,14 +3,15 @@
 A new field is therefore a new feature, and every back-end refuses it until it names it.
 """
 
-from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from xattn.spec.model import AttentionSpec
 from xattn.spec.part import flags_of
 
+if TYPE_CHECKING:
+    from xattn.spec.model import AttentionSpec
 
-@lru_cache(maxsize=4096)
-def features(spec: AttentionSpec) -> frozenset[str]:
+
+def features(spec: "AttentionSpec") -> frozenset[str]:
     """The flags that make this layer differ from plain multi-head attention, and 'causal' or 'bidirectional'."""
     found = {"causal" if spec.pattern.causal else "bidirectional"}
     for part in spec.parts():

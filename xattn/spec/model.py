@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from xattn.spec.features import features
 from xattn.spec.normaliser import SinkSoftmax, Softmax
 from xattn.spec.part import Part, flag, require
 from xattn.spec.pattern import Pattern
@@ -39,6 +40,8 @@ class AttentionSpec:
         require(self.dim_head is not None and self.dim_head >= 1, f"dim_head={self.dim_head} must be at least 1")
         require(0 <= self.attn_dropout < 1, f"attn_dropout={self.attn_dropout} must be in [0, 1)")
         self._laws_between_parts()
+        # not a field: it follows from them, and compiled code can read it where it cannot walk over fields
+        object.__setattr__(self, "features", features(self))
 
     def _laws_between_parts(self) -> None:
         if self.selection is not None:
