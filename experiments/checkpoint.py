@@ -27,9 +27,7 @@ class Progress:
     seconds: float = 0.0
 
 
-def save_checkpoint(
-    run_dir: Path, model: Any, optimiser: torch.optim.Optimizer, progress: Progress, *, keep: int
-) -> bool:
+def save_checkpoint(run_dir: Path, model: Any, optimiser: torch.optim.Optimizer, progress: Progress, *, keep: int) -> bool:
     """Write the checkpoint of `progress.step` and drop all but the newest `keep`.
 
     Returns: whether it was written; a full disk is a warning, and the older checkpoints stay.

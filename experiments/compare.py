@@ -22,6 +22,7 @@ from xattn.experiments.report import print_report, write_report
 from xattn.experiments.schema import CompareConfig, RunConfig
 
 DEFAULT_SWEEP = "quick"
+STUDY = "study.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,8 @@ def _study(config: CompareConfig) -> int:
     # Every directory is checked before the first run, so that a clash is found now and not after an hour.
     for job in jobs:
         prepare(job.config, job.run_dir)
+    named = {"study": config.study, "description": config.description, "baseline": config.baseline}
+    record.write_json(folder / STUDY, named | {"order": list(config.variants)})
     size = f"{len(config.variants)} variants, seeds {config.seeds}, {config.trainer.tokens:,} tokens each"
     say(f"{config.study}: {size}, in {folder}")
     for number, job in enumerate(jobs, start=1):
@@ -121,13 +124,17 @@ def _variant(config: CompareConfig, name: str, flags: Any, seed: int) -> RunConf
 
 
 def report(config: CompareConfig, runs_dir: Path) -> int:
-    """Print and write the report of the runs under `runs_dir`, into it. Returns 1 if no run completed."""
-    rows = gather(
-        find_runs(runs_dir), baseline=config.baseline, param_tolerance=config.param_tolerance, order=config.variants
-    )
-    title = f"Comparison: {config.study if config.runs is None else runs_dir.name}"
+    """Print and write the report of the runs under `runs_dir`, into it. Returns 1 if no run completed.
+
+    Beside the runs it reads only how a study named and ordered them, and does without where there is no study.
+    """
+    runs = find_runs(runs_dir)
+    study = record.read_json(runs_dir / STUDY) or {"study": runs_dir.resolve().name, "order": [], "description": None}
+    baseline = config.baseline if config.baseline is not None else study.get("baseline")
+    rows = gather(runs, baseline=baseline, param_tolerance=config.param_tolerance, order=study["order"])
+    title = f"Comparison: {study['study']}"
     pictures = draw(rows, runs_dir) if config.plots else []
-    write_report(rows, runs_dir, title=title, description=config.description, pictures=pictures)
+    write_report(rows, runs_dir, title=title, description=study["description"], pictures=pictures)
     print_report(rows, title=title)
     say(f"\nwritten: {runs_dir}/report.md, results.csv, results.json" + "".join(f", {name}" for name, _ in pictures))
     return 0 if any(row.done for row in rows) else 1

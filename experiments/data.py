@@ -47,12 +47,11 @@ def load_corpus(data: DataConfig) -> Corpus:
     raise ConfigError(f"data.source={data.source} is not built in yet; use data.source=shakespeare or text")
 
 
-def check_corpus(corpus: Corpus, *, num_tokens: int, trainer: TrainerConfig, eval_tokens: int, longest: int) -> None:
+def check_corpus(corpus: Corpus, *, num_tokens: int, trainer: TrainerConfig, longest: int) -> None:
     """Refuse a corpus the run cannot use, before anything is trained.
 
     Args:
         num_tokens: size of the model's vocabulary.
-        eval_tokens: validation tokens asked for.
         longest: longest evaluation length, in tokens.
     Raises:
         ConfigError: empty or too short parts, or ids outside the vocabulary.
@@ -132,9 +131,7 @@ def _from_text(data: DataConfig, train: bytes, val: bytes | None) -> Corpus:
         val_ids = np.frombuffer(val, dtype=np.uint8)
     if data.max_train_tokens is not None:
         ids = ids[: data.max_train_tokens]
-    return Corpus(
-        name=name, tokenizer="bytes", vocabulary=256, train=ids, val=val_ids, token_bytes=np.ones(256, dtype=np.int64)
-    )
+    return Corpus(name=name, tokenizer="bytes", vocabulary=256, train=ids, val=val_ids, token_bytes=np.ones(256, dtype=np.int64))
 
 
 def _read_text(path: str | None) -> bytes:

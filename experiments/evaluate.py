@@ -53,7 +53,6 @@ def evaluate(asked: EvaluateConfig) -> dict[str, Any]:
         corpus,
         num_tokens=config.model["num_tokens"],
         trainer=config.trainer,
-        eval_tokens=asked.eval.tokens,
         longest=longest,
     )
     model = xattn.load(run_dir / "model", attn_backend=config.model.get("attn_backend", "auto")).to(device)

@@ -24,7 +24,6 @@ _SAME = {
     "judged tokens": ("val", "tokens"),
     "precision": ("precision",),
     "device": ("device",),
-    "commit": ("commit",),
 }
 # Two-sided 95 % quantiles of Student's t for 1 ... 10 degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -100,9 +99,7 @@ def estimate(values: Iterable[float]) -> Estimate | None:
         return Estimate(mean=values[0], spread=None, half_95=None, seeds=1)
     spread, free = statistics.stdev(values), len(values) - 1
     t = _T95[free - 1] if free <= len(_T95) else 1.96 + 2.5 / free
-    return Estimate(
-        mean=statistics.fmean(values), spread=spread, half_95=t * spread / math.sqrt(len(values)), seeds=len(values)
-    )
+    return Estimate(mean=statistics.fmean(values), spread=spread, half_95=t * spread / math.sqrt(len(values)), seeds=len(values))
 
 
 def delta(row: Row, baseline: Row, *path: str) -> Estimate | None:

@@ -34,9 +34,7 @@ def judge_all(
             blocks_bn = eval_blocks(corpus, tokens=eval_config.tokens, length=length, longest=longest)
             try:
                 judged = _with_flags(model, eval_config.flags | flags)
-                nll_bn = token_nll(
-                    judged, blocks_bn, batch_tokens=eval_config.batch_tokens, device=device, precision=precision
-                )
+                nll_bn = token_nll(judged, blocks_bn, batch_tokens=eval_config.batch_tokens, device=device, precision=precision)
             except (ConfigError, xattn.TokenError) as error:
                 by_length[name][str(length)] = {"error": str(error)}
                 continue
@@ -45,9 +43,7 @@ def judge_all(
     return {"val": by_length[AS_TRAINED][str(seq_len)], "val_by_length": by_length, "val_by_position": by_position}
 
 
-def token_nll(
-    model: Any, blocks_bn: torch.Tensor, *, batch_tokens: int, device: torch.device, precision: str
-) -> torch.Tensor:
+def token_nll(model: Any, blocks_bn: torch.Tensor, *, batch_tokens: int, device: torch.device, precision: str) -> torch.Tensor:
     """Nats of each predicted token, float64 on the CPU, shape (b, n); the blocks hold n + 1 ids."""
     ar = xattn.AutoregressiveWrapper(model)
     was_training = model.training
@@ -55,8 +51,7 @@ def token_nll(
     try:
         with torch.no_grad(), autocast(device, precision):
             parts = [
-                ar.token_nll(ids_bn.to(device), extrapolate=True).double().cpu()
-                for ids_bn in batches(blocks_bn, batch_tokens)
+                ar.token_nll(ids_bn.to(device), extrapolate=True).double().cpu() for ids_bn in batches(blocks_bn, batch_tokens)
             ]
     finally:
         model.train(was_training)

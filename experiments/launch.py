@@ -61,9 +61,7 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
     code, tail = _process(arguments, log=run_dir / record.LOG, prefix=prefix)
     result = record.read_result(run_dir)
     if result["status"] == record.UNFINISHED:
-        result = record.write_failure(
-            run_dir, *_how_it_ended(code, tail), name=config.name, seed=config.seed, flags=config.model
-        )
+        result = record.write_failure(run_dir, *_how_it_ended(code, tail), name=config.name, seed=config.seed, flags=config.model)
         say(f"{prefix}{result['status']}: {result['error']}")
     return result
 
@@ -94,31 +92,30 @@ def _process(
     echo: bool = True,
 ) -> tuple[int, list[str]]:
     """Run `python -m ARGUMENTS`, echo its lines, keep them in `log`. Returns the exit code and the last lines."""
-    process = subprocess.Popen(
-        # -P: a file in the user's directory must not shadow a module of the standard library.
-        [sys.executable, "-P", "-m", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env=_WORKER_ENVIRONMENT | os.environ | (environment or {}),
-    )
+    # -P: a file in the user's directory must not shadow a module of the standard library.
+    command = [sys.executable, "-P", "-m", *arguments]
     tail: list[str] = []
-    # Probes are short and save nothing: Ctrl-C may end them and this process with them.
-    with _forward_signals(process) if echo else nullcontext():
-        file = open(log, "a", encoding="utf-8") if log is not None else None  # noqa: SIM115 (closed below)
-        try:
-            for line in process.stdout or ():
-                tail = [*tail[-19:], line.rstrip()]
-                if file is not None:
-                    file.write(line)
-                if echo:
-                    say(prefix + line.rstrip())
-            return process.wait(), tail
-        finally:
+    with (
+        open(log, "a", encoding="utf-8") if log is not None else nullcontext() as file,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=_WORKER_ENVIRONMENT | os.environ | (environment or {}),
+        ) as process,
+        # Probes are short and save nothing: Ctrl-C may end them and this process with them.
+        _forward_signals(process) if echo else nullcontext(),
+    ):
+        for line in process.stdout or ():
+            tail = [*tail[-19:], line.rstrip()]
             if file is not None:
-                file.close()
+                file.write(line)
+            if echo:
+                say(prefix + line.rstrip())
+        return process.wait(), tail
 
 
 @contextmanager

@@ -72,7 +72,6 @@ class Trainer:
             corpus,
             num_tokens=config.model["num_tokens"],
             trainer=config.trainer,
-            eval_tokens=config.eval.tokens,
             longest=max(config.eval.length_factors) * config.trainer.seq_len,
         )
         return corpus
@@ -131,9 +130,7 @@ class Trainer:
     def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimiser step. Returns the mean loss in nats a token, the gradient norm before clipping, the rate."""
         config, trainer = self.config, self.config.trainer
-        ids_bn = train_batch(
-            self.corpus, seed=config.seed, step=step, batch_size=trainer.batch_size, seq_len=trainer.seq_len
-        )
+        ids_bn = train_batch(self.corpus, seed=config.seed, step=step, batch_size=trainer.batch_size, seq_len=trainer.seq_len)
         self.seen.update(ids_bn)
         lr = config.optim.lr * lr_factor(step * trainer.tokens_per_step, total=trainer.tokens, schedule=config.schedule)
         for group in self.optimiser.param_groups:
@@ -211,9 +208,7 @@ class Trainer:
         if asked or due:
             # Looked at here too: weights that have diverged must not push out the last good checkpoint.
             _check_finite(float(loss), step)
-            checkpoint.save_checkpoint(
-                self.run_dir, self.model, self.optimiser, self.progress, keep=trainer.keep_checkpoints
-            )
+            checkpoint.save_checkpoint(self.run_dir, self.model, self.optimiser, self.progress, keep=trainer.keep_checkpoints)
         if asked:
             self.mirror.preempting()
             raise Interrupted(f"{self.stop['signal']} at step {step}; its state is saved: start it again to go on")

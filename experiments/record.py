@@ -45,9 +45,7 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     return result if isinstance(result, dict) and "status" in result else {"status": UNFINISHED}
 
 
-def write_failure(
-    run_dir: Path, status: str, error: str, *, name: str, seed: int, flags: dict[str, Any]
-) -> dict[str, Any]:
+def write_failure(run_dir: Path, status: str, error: str, *, name: str, seed: int, flags: dict[str, Any]) -> dict[str, Any]:
     """Record a run that did not finish, with the reason; whatever its memory probe measured is kept."""
     result = {
         "status": status,

@@ -124,8 +124,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"{result['tokens']:,} tokens a run ({result['data']['corpus']}, {result['data']['tokenizer']}), "
         f"length {config.trainer.seq_len}, {config.trainer.steps} steps of {config.trainer.batch_size} sequences; "
         f"judged on {result['val']['tokens']:,} fixed validation tokens; seeds {', '.join(map(str, seeds))}; "
-        f"{result['device']} {result['precision']}, torch {result['versions']['torch']}, "
-        f"commit {(result['commit'] or 'unknown')[:12]}{' with uncommitted changes' if result['dirty'] else ''}.",
+        f"{result['device']} {result['precision']}, torch {result['versions']['torch']}, {_code(done)}.",
         "± is the standard deviation over seeds; for delta, half the 95 % interval of the difference paired by seed."
         if len(seeds) > 1
         else "One seed: no spread is known, so read small differences as ties.",
@@ -139,6 +138,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _code(done: Sequence[Row]) -> str:
+    """Which commits the runs came from; more than one is said, since code may have changed between rows."""
+    results = [run.result for row in done for run in row.done]
+    commits = list(dict.fromkeys((result["commit"] or "unknown")[:12] for result in results))
+    dirty = " with uncommitted changes" if any(result["dirty"] for result in results) else ""
+    return f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}{dirty}"
+
+
 def print_report(rows: Sequence[Row], *, title: str) -> None:
     """The tables on the terminal, as wide as they need to be where it is no terminal."""
     from rich.console import Console
@@ -149,7 +156,8 @@ def print_report(rows: Sequence[Row], *, title: str) -> None:
         console = Console(width=max(200, console.width))
     say(f"\n{title}")
     for table in filter(None, (main_table(rows), length_table(rows))):
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold")
+        say(f"\n{table.title}")
+        shown = RichTable()
         for place, name in enumerate(table.header):
             left = place == 0 or name in table.left
             shown.add_column(name, justify="left" if left else "right", no_wrap=name != "comparable")

@@ -37,9 +37,7 @@ def _has_key() -> bool:
 class WandbMirror:
     """All calls to wandb. Falls back from online to offline to nothing, and says so once."""
 
-    def __init__(
-        self, run_dir: Path, tracking: TrackingConfig, *, name: str, job_type: str, config: dict[str, Any]
-    ) -> None:
+    def __init__(self, run_dir: Path, tracking: TrackingConfig, *, name: str, job_type: str, config: dict[str, Any]) -> None:
         self._run = None
         self._failures = 0
         mode = wandb_mode(tracking.mode)
@@ -79,9 +77,7 @@ class WandbMirror:
                 self._run = None
 
 
-def _start(
-    run_dir: Path, tracking: TrackingConfig, mode: str, *, name: str, job_type: str, config: dict[str, Any]
-) -> Any:
+def _start(run_dir: Path, tracking: TrackingConfig, mode: str, *, name: str, job_type: str, config: dict[str, Any]) -> Any:
     logging.getLogger("wandb").setLevel(logging.ERROR)
     import wandb
 
