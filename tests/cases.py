@@ -220,9 +220,7 @@ def seats(case: Case) -> list[str]:
     return [name for name in SEATINGS if not (case.selective and name in NEEDS_CARRY)]
 
 
-def tensors(
-    spec: AttentionSpec, n: int = N, *, batch: int = BATCH, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+def tensors(spec: AttentionSpec, n: int = N, *, batch: int = BATCH, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Random q, k, v, sink_logits (where the spec has them) and out's gradient dout, in float64.
 
     Every number is a bfloat16, so that rounding the inputs costs nothing in any precision.

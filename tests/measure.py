@@ -49,9 +49,7 @@ def assert_within(off: dict[str, float], stick: dict[str, float], plain: dict[st
         assert value <= bound, f"{name}: off by {value:.2e}, above the stick's {bound:.2e}"
 
 
-def forward_and_gradients(
-    run: Callable[..., Tensor], given: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
+def forward_and_gradients(run: Callable[..., Tensor], given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The output of run(q, k, v, sink_logits_h=...) and the gradient of sum(out * dout) by each input, all in dtype."""
     leaves = {name: t.to(dtype).requires_grad_() for name, t in given.items() if name != "dout"}
     out = run(leaves["q"], leaves["k"], leaves["v"], sink_logits_h=leaves.get("sink_logits"))

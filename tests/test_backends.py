@@ -120,9 +120,7 @@ def check_parity(backend: Backend, spec: AttentionSpec, seating: str, dtype: str
 
 
 @pytest.mark.parametrize(("backend", "case", "seating", "dtype", "device"), served(MEASURED, dtypes=tuple(DTYPES)))
-def test_output_and_gradients_equal_the_definition(
-    backend: Backend, case: Case, seating: str, dtype: str, device: str
-) -> None:
+def test_output_and_gradients_equal_the_definition(backend: Backend, case: Case, seating: str, dtype: str, device: str) -> None:
     check_parity(backend, case.spec, seating, dtype, device)
 
 
@@ -242,9 +240,7 @@ def test_causal_is_not_inert(backend: Backend) -> None:
             assert not torch.allclose(one, other), flags
 
 
-WINDOWED = [
-    row for row in served(list(BACKENDS)) if row.values[1].spec.pattern.sliding_window and row.values[2] == "plain"
-]
+WINDOWED = [row for row in served(list(BACKENDS)) if row.values[1].spec.pattern.sliding_window and row.values[2] == "plain"]
 
 
 @pytest.mark.parametrize(("backend", "case", "seating", "dtype", "device"), WINDOWED)
@@ -276,9 +272,7 @@ def test_token_i_minus_w_is_out_of_sight_and_the_next_one_is_seen(
     ("backend", "case", "seating", "dtype", "device"),
     [row for row in served(list(BACKENDS)) if row.values[2] in ("plain", "packed_padded", "ring")],
 )
-def test_gradients_reach_exactly_the_keys_in_sight(
-    backend: Backend, case: Case, seating: str, dtype: str, device: str
-) -> None:
+def test_gradients_reach_exactly_the_keys_in_sight(backend: Backend, case: Case, seating: str, dtype: str, device: str) -> None:
     seat = SEATINGS[seating](N)
     given = tensors(case.spec, device=device)
     v = given["v"].requires_grad_()
@@ -656,7 +650,7 @@ def test_a_mask_is_no_larger_than_was_foretold(name: str, seating: str, masks: l
     given = tensors(spec, 257)
     run("sdpa", spec, given, seat)
     at_i, at_j = seat.layouts()
-    assert sum(held for _, _, held in masks) <= sdpa.mask_bytes(spec, at_i, at_j, 8)
+    assert sum(held for _, _, held in masks) <= sdpa.mask_bytes(spec, at_i, at_j, BATCH, 8)
 
 
 def test_a_window_on_a_long_sequence_needs_no_dense_mask() -> None:

@@ -212,8 +212,10 @@ def test_the_brief_spellings_exist() -> None:
 
 
 def test_parts_stand_where_their_flags_put_them() -> None:
-    (layer, *_) = layers(rotary_pos_emb=True, rotary_base=500.0, logit_softcap=30, alibi_pos_bias=True, sliding_window=8,
-                         sink_tokens=1, attn_selective=True, sim_head=3, sink_logits=True, kv_heads=2)  # fmt: skip
+    (layer, *_) = layers(
+        rotary_pos_emb=True, rotary_base=500.0, logit_softcap=30, alibi_pos_bias=True, sliding_window=8, sink_tokens=1,
+        attn_selective=True, sim_head=3, sink_logits=True, kv_heads=2,
+    )  # fmt: skip
     assert type(layer.positions) is Rope and layer.positions.rotary_base == 500.0
     assert layer.score == (Softcap(logit_softcap=30.0), Alibi())
     assert (layer.pattern.causal, layer.pattern.sliding_window, layer.pattern.sink_tokens) == (True, 8, 1)
@@ -221,9 +223,7 @@ def test_parts_stand_where_their_flags_put_them() -> None:
     (layer, *_) = layers(rotary_pos_emb=True, self_extend_group=2, self_extend_window=4, causal=False)
     assert type(layer.positions) is SelfExtend and not layer.pattern.causal
     (layer, *_) = layers()
-    assert (
-        type(layer.positions) is NoPositions and layer.selection is None and layer.score == () and not layer.sink_logits
-    )
+    assert type(layer.positions) is NoPositions and layer.selection is None and layer.score == () and not layer.sink_logits
 
 
 def test_a_window_pattern_repeats_over_the_depth() -> None:
@@ -238,9 +238,7 @@ def test_a_window_pattern_is_the_list_it_spells() -> None:
 
 
 def test_a_list_gives_one_value_a_layer() -> None:
-    got = layers(
-        attn_selective=[True, False, True], sim_head=[3, None, 0], kv_heads=[6, 2, 1], logit_softcap=[5, None, 7]
-    )
+    got = layers(attn_selective=[True, False, True], sim_head=[3, None, 0], kv_heads=[6, 2, 1], logit_softcap=[5, None, 7])
     assert [layer.selection and layer.selection.sim_head for layer in got] == [3, None, 0]
     assert [layer.kv_heads for layer in got] == [6, 2, 1]
     assert [layer.score[0].logit_softcap if layer.score else None for layer in got] == [5.0, None, 7.0]

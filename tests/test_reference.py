@@ -136,10 +136,7 @@ def attention_by_hand(
     thetas = angles(flags, len(q[0][0]))
     pairs = [(i, j) for i, a in enumerate(at_i) for j, c in enumerate(at_j) if visible(a, c, flags, causal)]
     met = {(i, j): met_at(at_i[i][1], at_j[j][1], flags) for i, j in pairs}
-    z = [
-        {(i, j): logit(q[h][i], k[h // shared][j], r, h, flags, thetas) for (i, j), r in met.items()}
-        for h in range(heads)
-    ]
+    z = [{(i, j): logit(q[h][i], k[h // shared][j], r, h, flags, thetas) for (i, j), r in met.items()} for h in range(heads)]
     penalty = dict.fromkeys(pairs, 0.0)
     if flags.get("attn_selective"):
         votes = z[flags.get("sim_head", 0)]
@@ -169,9 +166,7 @@ def run_reference(spec: AttentionSpec, given: dict[str, Tensor], at_i: Layout, a
     )[0]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("case", "seating"), [pytest.param(c, s, id=f"{c}-{s}") for c in CASES.values() for s in seats(c)]
-)
+@pytest.mark.parametrize(("case", "seating"), [pytest.param(c, s, id=f"{c}-{s}") for c in CASES.values() for s in seats(c)])
 def test_reference_equals_the_papers_formulas(case: Case, seating: str) -> None:
     seat = SEATINGS[seating](17)
     given = seat.take(tensors(case.spec, 17))
@@ -277,9 +272,7 @@ def test_self_extend_logits_turn_by_the_golden_matrix() -> None:
 )  # fmt: skip
 def test_self_extend_that_stretches_nothing_is_plain_rotary(n: int, group: int, near: int, causal: bool) -> None:
     plain = parse_attention(causal=causal, **SIZES, rotary_pos_emb=True)
-    spec = parse_attention(
-        causal=causal, **SIZES, rotary_pos_emb=True, self_extend_group=group, self_extend_window=near
-    )
+    spec = parse_attention(causal=causal, **SIZES, rotary_pos_emb=True, self_extend_group=group, self_extend_window=near)
     given, at = tensors(plain, n), Layout.plain(n)
     assert run_reference(spec, given, at).equal(run_reference(plain, given, at)), "bit for bit"
 
@@ -471,9 +464,7 @@ def test_queries_in_chunks_with_the_carry_equal_one_pass(name: str, seating: str
     case = CASES[name]
     at, _ = SEATINGS[seating](37).layouts()
     given, sinks = tensors(case.spec), tensors(case.spec).get("sink_logits")
-    whole, total = reference(
-        given["q"], given["k"], given["v"], spec=case.spec, layout_i=at, layout_j=at, sink_logits_h=sinks
-    )
+    whole, total = reference(given["q"], given["k"], given["v"], spec=case.spec, layout_i=at, layout_j=at, sink_logits_h=sinks)
     carry, outs, first = None, [], 0
     for size in sizes:
         here = slice(first, first + size)
