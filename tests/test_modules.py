@@ -235,6 +235,8 @@ def test_wrapper_refuses_what_is_no_stack():
         TransformerWrapper(num_tokens=29, max_seq_len=37, attn_layers=torch.nn.Linear(3, 3))
 
 
+# torch's own tracer instantiates an autograd function, and warns itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("flags", [{"sliding_window": 9, "sink_logits": True, "kv_heads": 2}, {"attn_selective": True}])
 def test_model_compiles_without_a_graph_break_and_agrees_with_eager(flags):
     ar, ids = AutoregressiveWrapper(model_of(rotary_pos_emb=True, depth=1, **flags)), ids_of()

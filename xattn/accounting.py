@@ -123,9 +123,4 @@ def _mask_floats(attn: AttentionSpec, batch: int, n: int, attn_backend: str) -> 
     if choose(attn, attn_backend).name != "sdpa":
         return 0
     layout = Layout.plain(n)
-    heads, chosen = attn.heads if attn.score else 1, sdpa.plan(attn, layout, layout)
-    if chosen == "plain":
-        return 0
-    if chosen == "masked":
-        return heads * n * n
-    return heads * batch * n * sdpa.block_size(attn) * (2 if attn.pattern.causal else 3)
+    return sdpa.mask_bytes(attn, layout, layout, itemsize=1, batch=batch)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from xattn.errors import ConfigError
+from xattn.errors import ConfigError, ShapeError
 from xattn.ops.backends import Call, resolve
 from xattn.ops.layout import Layout
 from xattn.shapes import sizes
@@ -33,13 +33,25 @@ def attend(
     Returns:
         out (b h i d).
     Raises:
-        ShapeError: sizes that disagree. ConfigError: sink_logits_h without the flag, or the reverse.
+        ShapeError: sizes that disagree. ConfigError: sink_logits_h without the flag, or the reverse; attn_selective over
+            keys with a layout of their own.
         UnsupportedFeature: no back-end, or not the named one, can serve the call.
     """
     layout = Layout.plain(q_bhid.shape[2], q_bhid.device) if layout is None else layout
     key_layout = layout if key_layout is None else key_layout
     known = {"h": spec.heads, "g": spec.kv_heads, "d": spec.dim_head, "i": layout.n, "j": key_layout.n}
-    batch = sizes(known, q=(q_bhid, "b h i d"), k=(k_bgjd, "b g j d"), v=(v_bgjd, "b g j d"))["b"]
+    tensors = {"q": (q_bhid, "b h i d"), "k": (k_bgjd, "b g j d"), "v": (v_bgjd, "b g j d")}
+    if sink_logits_h is not None:
+        tensors["sink_logits"] = (sink_logits_h, "h")
+    batch = sizes(known, **tensors)["b"]
+    for at in (layout, key_layout):
+        if at.pos_bn.shape[0] not in (1, batch):
+            raise ShapeError(f"a layout has {at.pos_bn.shape[0]} rows for a batch of {batch}; give one row, or one each")
+    if spec.selection is not None and layout is not key_layout:
+        raise ConfigError(
+            "attn_selective over keys that other queries came before needs those queries' votes; attend keeps none, "
+            "so pass all queries at once, or use xattn.ops.reference.reference with carry_bj"
+        )
     if spec.sink_logits != (sink_logits_h is not None):
         raise ConfigError(
             "the spec has sink_logits: pass sink_logits_h" if spec.sink_logits

@@ -88,7 +88,7 @@ def _reference_limits(call: Call) -> list[str]:
 
 
 def _sdpa_limits(call: Call) -> list[str]:
-    return _dense("an n x n mask", sdpa.mask_bytes(call.spec, call.layout_i, call.layout_j, call.dtype.itemsize))
+    return _dense("an n x n mask", sdpa.mask_bytes(call.spec, call.layout_i, call.layout_j, call.dtype.itemsize, batch=call.batch))
 
 
 def _run_reference(*tensors: Tensor, **call: object) -> Tensor:
@@ -143,4 +143,6 @@ def resolve(call: Call, name: str = "auto") -> Backend:
                 return backend
             reasons[backend.name] = "; ".join(limits)
         able.append(backend.name)
-    raise UnsupportedFeature("; ".join(f"attn_backend '{n}' {reasons[n]}" for n in able))
+    could = [b.name for b in BACKENDS if b.name not in reasons and not b.limits(call)]
+    cure = f"; use attn_backend='auto' or one of: {', '.join(could)}" if could else ""
+    raise UnsupportedFeature("; ".join(f"attn_backend '{n}' {reasons[n]}" for n in able) + cure)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xattn.errors import ShapeError
+from xattn.shapes import sizes
 
 
 class Layout:
@@ -40,9 +41,11 @@ class Layout:
         document and at the first token of a padded row.
 
         Raises:
-            ShapeError: a mask that is not bool, or with holes between tokens of a row.
+            ShapeError: sizes that disagree, a mask that is not bool, or with holes between tokens of a row.
         """
-        if mask_bn is None and doc_ids_bn is None:
+        given = {name: (t, "b n") for name, t in (("mask", mask_bn), ("doc_ids", doc_ids_bn)) if t is not None}
+        sizes({"n": n}, **given)
+        if not given:
             return cls.plain(n, device)
         if mask_bn is not None and mask_bn.dtype != torch.bool:
             raise ShapeError(f"mask has dtype {mask_bn.dtype}; it must be bool, True where there is a token")
@@ -68,6 +71,11 @@ class Layout:
         return cls(pos_bn, starts.long().cumsum(dim=1), kind="runs")
 
     @property
+    def order_bn(self) -> Tensor | None:
+        """Slots from the earliest position to the latest, where slots do not already stand so in each document."""
+        return self.pos_bn.argsort(dim=1, stable=True) if self.kind == "free" else None
+
+    @property
     def n(self) -> int:
         """Number of slots."""
         return self.pos_bn.shape[1]
@@ -77,6 +85,8 @@ class Layout:
         if torch.compiler.is_compiling():
             # the compiler merges equal work by itself, and cannot hash a spec
             return make()
+        # what inference mode makes cannot be trained with
+        key = (torch.is_inference_mode_enabled(), key)
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]

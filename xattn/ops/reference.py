@@ -43,7 +43,9 @@ def reference(
         sim_bhij = part.modify(sim_bhij, distance_bij)
     allowed_bij = spec.pattern.allowed(pos_bi, pos_bj, layout_i.doc_bn, layout_j.doc_bn)
     if spec.selection is not None:
-        penalty_bij, carry_bj = spec.selection.penalty(sim_bhij, allowed_bij, pos_bi, pos_bj, carry_bj)
+        penalty_bij, carry_bj = spec.selection.penalty(
+            sim_bhij, allowed_bij, pos_bi, pos_bj, carry_bj, layout_i.order_bn
+        )
         sim_bhij = sim_bhij - penalty_bij[:, None]
     attn_bhij = spec.normaliser.weights(sim_bhij, allowed_bij, sink_logits_h)
 

@@ -64,13 +64,18 @@ def run(
     return out[..., :dim_head]
 
 
-def mask_bytes(spec: AttentionSpec, layout_i: Layout, layout_j: Layout, itemsize: int) -> int:
-    """Bytes of the largest mask that the call would hold."""
+def mask_bytes(spec: AttentionSpec, layout_i: Layout, layout_j: Layout, itemsize: int, *, batch: int = 1) -> int:
+    """Bytes of the mask that the call would hold."""
     chosen = plan(spec, layout_i, layout_j)
     if chosen == "plain":
         return 0
-    keys = layout_j.n if chosen == "masked" else 3 * block_size(spec)
-    return layout_i.pos_bn.shape[0] * layout_i.n * keys * itemsize * (spec.heads if spec.score else 1)
+    column = (spec.heads if spec.score else 1) * itemsize
+    if chosen == "masked":
+        rows = max(layout_i.pos_bn.shape[0], layout_j.pos_bn.shape[0])
+        return rows * layout_i.n * (layout_j.n + spec.sink_logits) * column
+    c = block_size(spec)
+    keys = (2 if spec.pattern.causal else 3) * c + min(spec.pattern.sink_tokens, layout_i.n) + spec.sink_logits
+    return batch * -(-layout_i.n // c) * c * keys * column
 
 
 def _rotated(x_bhnd: Tensor, rope: Rope, layout: Layout) -> Tensor:
@@ -119,7 +124,7 @@ def _masked(
     q: Tensor, k: Tensor, v: Tensor, *, spec: AttentionSpec, layout_i: Layout, layout_j: Layout, sink: bool, scale: float,
     dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    key = ("mask", spec.pattern, spec.positions, spec.score, spec.heads, q.dtype, sink, id(layout_j))
+    key = ("mask", spec.pattern, spec.positions, spec.score, spec.heads, q.dtype, sink, layout_j)
     mask, seen = layout_i.memo(
         key,
         lambda: _mask(
@@ -163,7 +168,7 @@ def _blocked(
     dropout_p: float,
 ) -> Tensor:  # fmt: skip
     b, n = q.shape[0], q.shape[2]
-    c, sinks, both_sides = block_size(spec), spec.pattern.sink_tokens, not spec.pattern.causal
+    c, sinks, both_sides = block_size(spec), min(spec.pattern.sink_tokens, n), not spec.pattern.causal
     key = ("blocks", spec.pattern, spec.positions, spec.score, spec.heads, q.dtype, sink, b)
     mask, seen = layout_i.memo(key, lambda: _block_mask(spec, layout_i, b=b, sink=sink, dtype=q.dtype))
 
@@ -209,7 +214,7 @@ def _block_mask(spec: AttentionSpec, layout: Layout, *, b: int, sink: bool, dtyp
     pos_j, doc_j = near(layout.pos_bn), None if layout.doc_bn is None else near(layout.doc_bn)
     # a block's own slots are the second c of its stretch
     pos_i, doc_i = pos_j[:, c : 2 * c], None if doc_j is None else doc_j[:, c : 2 * c]
-    sinks = spec.pattern.sink_tokens
+    sinks = min(spec.pattern.sink_tokens, layout.n)
     if sinks:
         # the sinks stand in front of each block; where the stretch holds them again they must not count twice
         pos_j = torch.where(pos_j < sinks, -1, pos_j)

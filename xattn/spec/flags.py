@@ -109,11 +109,12 @@ def canonical(flags: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _typed(flag: Flag, value: Any) -> Any:
+def _typed(flag: Flag, value: Any, depth: int = 0) -> Any:
     """The value, checked against the flag's type; lists are checked entry by entry and become lists."""
     if isinstance(value, (list, tuple)) or (hasattr(value, "__iter__") and not isinstance(value, (str, Mapping))):
         require(flag.per_layer, f"{flag.name}={list(value)} cannot differ by layer; give one value")
-        return [None if v is None else _typed(flag, v) for v in value]
+        require(depth == 0, f"{flag.name} holds a list within a list; a list gives one value a layer")
+        return [None if v is None else _typed(flag, v, depth=1) for v in value]
     kinds = {int: int, float: (int, float), bool: bool, str: str}[flag.type]
     right = isinstance(value, kinds) and (flag.type is bool or not isinstance(value, bool))
     require(right, f"{flag.name}={value!r} is a {type(value).__name__}; it must be {flag.type.__name__}: {flag.help}")
@@ -208,8 +209,9 @@ def _attention(row: Mapping[str, Any], *, causal: bool) -> AttentionSpec:
 def _block(row: Mapping[str, Any], *, dim: int, causal: bool) -> BlockSpec:
     if "dim_head" not in row:
         heads = row.get("heads", AttentionSpec.heads)
+        require(heads >= 1, f"heads={heads} must be at least 1")
         require(
-            heads >= 1 and dim % heads == 0, f"dim={dim} is not a multiple of heads={heads}; change one, or give dim_head"
+            dim % heads == 0, f"dim={dim} is not a multiple of heads={heads}; change one, or give dim_head"
         )
         row = {**row, "dim_head": dim // heads}
     attention = _attention(row, causal=causal)
@@ -249,10 +251,10 @@ def to_flags(spec: ModelSpec | LayersSpec) -> dict[str, Any]:
     rows = [layer_flags(block) for block in layers.blocks]
     for name in dict.fromkeys(name for row in rows for name in row):
         flag = table[name]
-        values = [row.get(name, flag.default) for row in rows]
+        # None where the gate is off, as a list must say it
+        values = [row.get(name, flag.default) if flag.gate is None or on(row.get(flag.gate)) else None for row in rows]
         reached = [v for v, row in zip(values, rows, strict=True) if flag.gate is None or on(row.get(flag.gate))]
-        same = all(v == reached[0] for v in reached)
-        flags[name] = reached[0] if same else [v if on(v) or flag.gate is None else None for v in values]
+        flags[name] = reached[0] if all(v == reached[0] for v in reached) else values
     flags |= {name: getattr(layers, name) for name, f in flags_of(LayersSpec).items() if getattr(layers, name) != f.default}
     return flags
 

@@ -1,5 +1,6 @@
 """Specs: frozen data that says what a layer, a stack and a model are. What must hold between parts is written here, once."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -105,7 +106,7 @@ class FeedForwardSpec:
     ff_bias: bool = flag(bool, False, "biases in the feed-forward")
 
     def __post_init__(self) -> None:
-        require(self.ff_mult > 0, f"ff_mult={self.ff_mult} must be above 0; 4 is usual")
+        require(0 < self.ff_mult < math.inf, f"ff_mult={self.ff_mult} must be finite and above 0; 4 is usual")
         require(
             not (self.ff_swish and self.ff_relu_squared), "ff_swish and ff_relu_squared are two activations; keep one"
         )
@@ -138,6 +139,8 @@ class LayersSpec:
     def __post_init__(self) -> None:
         require(self.dim >= 1, f"dim={self.dim} must be at least 1")
         require(len(self.blocks) >= 1, "depth=0 leaves no layer; depth must be at least 1")
+        narrow = [b.feedforward.ff_mult for b in self.blocks if b.feedforward.inner(self.dim) < 1]
+        require(not narrow, f"ff_mult={narrow and narrow[0]} leaves nothing of dim={self.dim}; give at least 1 / dim")
         require(
             self.pre_norm or not self.sandwich_norm,
             "sandwich_norm=True needs pre_norm=True: it adds a norm after each branch; drop one of the two",

@@ -14,6 +14,7 @@ class Softmax(Part):
     """softmax over the allowed keys."""
 
     family: ClassVar[str] = "normaliser"
+    switch: ClassVar[Flag | None] = None
 
     def weights(self, sim_bhij: Tensor, allowed_bij: Tensor, sink_logits_h: Tensor | None = None) -> Tensor:
         """Attention weights (b h i j) from logits and the allowed pairs (b i j)."""

@@ -47,7 +47,10 @@ def flags_of(cls: type) -> dict[str, Flag]:
 
 
 class Part:
-    """Base of all parts. `switch` is the flag that puts the part into a layer: one of its fields, or a bool of its own."""
+    """Base of all parts. `switch` is the flag that puts the part into a layer: one of its fields, or a bool of its own.
+
+    None is for what is always there; a subclass that does not say is a feature under its class's name.
+    """
 
     family: ClassVar[str]
     switch: ClassVar[Flag | None] = None

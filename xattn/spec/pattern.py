@@ -1,10 +1,11 @@
 """Pattern: which keys a query may see, as a function of positions and documents, never of slots or lengths."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from xattn.spec.part import Part, flag, require
+from xattn.spec.part import Flag, Part, flag, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,8 @@ class Pattern(Part):
     Source: Longformer, arXiv 2004.05150; Mistral 7B, 2310.06825; sink tokens: StreamingLLM, 2309.17453.
     Differs: sink tokens keep their absolute positions.
     """
+
+    switch: ClassVar[Flag | None] = None
 
     causal: bool = flag(bool, True, "each token sees itself and what came before", per_layer=False)
     sliding_window: int | None = flag(

@@ -23,6 +23,7 @@ class NoPositions(Part):
     """Plain dot products: the model sees order only through the pattern (NoPE)."""
 
     family: ClassVar[str] = "positions"
+    switch: ClassVar[Flag | None] = None
 
     def logits(self, q_bhid: Tensor, k_bhjd: Tensor, pos_bi: Tensor, pos_bj: Tensor) -> Tensor:
         """Unscaled logits sim_bhij of queries (b h i d) at pos (b i) against keys (b h j d) at pos (b j)."""
@@ -69,15 +70,17 @@ class Rope(NoPositions):
     )
 
     def __post_init__(self) -> None:
-        require(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1; 10000 is usual")
+        require(
+            1 < self.rotary_base < math.inf, f"rotary_base={self.rotary_base} must be finite and above 1; 10000 is usual"
+        )
         width = self.rotary_emb_dim
         require(width is None or (width >= 2 and width % 2 == 0), f"rotary_emb_dim={width} must be even and at least 2")
         if self.rope_scaling is None:
             return
         factor = self.rope_scaling_factor
         require(
-            factor is not None and factor >= 1,
-            f"rope_scaling={self.rope_scaling} with rope_scaling_factor={factor}; give a factor of at least 1",
+            factor is not None and 1 <= factor < math.inf,
+            f"rope_scaling={self.rope_scaling} with rope_scaling_factor={factor}; give a finite factor of at least 1",
         )
         length = self.rope_original_len
         require(

@@ -1,5 +1,6 @@
 """Score: what happens to a logit before anything is masked. The parts of a layer apply in the order of this file."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -28,7 +29,7 @@ class Softcap(Score):
 
     def __post_init__(self) -> None:
         cap = self.logit_softcap
-        require(cap is not None and cap > 0, f"logit_softcap={cap} must be above 0; 50 is usual")
+        require(cap is not None and 0 < cap < math.inf, f"logit_softcap={cap} must be finite and above 0; 50 is usual")
 
     def modify(self, sim_bhij: Tensor, distance_bij: Tensor) -> Tensor:
         return self.logit_softcap * torch.tanh(sim_bhij / self.logit_softcap)

@@ -37,19 +37,31 @@ class Selection(Part):
         require(self.sim_head >= 0, f"sim_head={self.sim_head} must be at least 0")
 
     def penalty(
-        self, sim_bhij: Tensor, allowed_bij: Tensor, pos_bi: Tensor, pos_bj: Tensor, carry_bj: Tensor | None = None
+        self,
+        sim_bhij: Tensor,
+        allowed_bij: Tensor,
+        pos_bi: Tensor,
+        pos_bj: Tensor,
+        carry_bj: Tensor | None = None,
+        order_bi: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The penalty F (b i j) to subtract, and the carry (b j) for the queries that come after these.
 
         Args:
             sim_bhij: logits after the score stage, float32 or better.
             carry_bj: votes of all earlier queries against each key; None for none.
+            order_bi: the queries' slots from the earliest position to the latest; None when they stand in that order.
         """
         own = pos_bi[:, :, None] == pos_bj[:, None, :]
         first = pos_bj[:, None, :] == 0
         votes = torch.where(allowed_bij & ~own & ~first, sim_bhij[:, self.sim_head].relu(), 0.0)
-        total = votes.cumsum(dim=1)
-        carry_b1j = 0.0 if carry_bj is None else carry_bj[:, None]
+        if order_bi is not None:
+            rows = order_bi[:, :, None].expand(votes.shape)
+            votes = votes.gather(1, rows)
+        carry_b1j = votes.new_zeros(1, 1, 1) if carry_bj is None else carry_bj[:, None]
+        total = votes.cumsum(dim=1) + carry_b1j
         # shifting the inclusive sum gives the exclusive one exactly; subtracting the own vote would round
-        before = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], dim=1)
-        return before + carry_b1j, total[:, -1] + (0.0 if carry_bj is None else carry_bj)
+        before = torch.cat([carry_b1j.expand_as(total[:, :1]), total[:, :-1]], dim=1)
+        if order_bi is not None:
+            before = torch.zeros_like(before).scatter(1, rows, before)
+        return before, total[:, -1]
