@@ -211,13 +211,19 @@ SEATINGS: dict[str, Callable[[int], Seating]] = {
     "ring": lambda n: Seating(n=n, mask=_left(n), keys=[(7 * s + 3) % n if n % 7 else s for s in range(n)]),
     "chunk": lambda n: Seating(n=n, mask=_left(n), first_query=2 * n // 3),
 }
-# a chunk of queries needs the votes of the queries before it, which only a carry can bring
-NEEDS_CARRY = ("chunk",)
+# where queries and keys sit alike
+OWN = tuple(name for name, make in SEATINGS.items() if make(N).keys is None and not make(N).first_query)
 
 
-def seats(case: Case) -> list[str]:
-    """The seatings in which a case is defined by its queries, keys and values alone."""
-    return [name for name in SEATINGS if not (case.selective and name in NEEDS_CARRY)]
+def seats(case: Case, *, carry: bool = True) -> list[str]:
+    """The seatings in which a case is defined by its queries, keys and values alone.
+
+    A selective chunk needs the votes of the queries before it, so it is never among them; without a carry to bring such
+    votes, selective queries and keys must sit alike.
+    """
+    if not case.selective:
+        return list(SEATINGS)
+    return [name for name in SEATINGS if name in OWN or (carry and name != "chunk")]
 
 
 def tensors(spec: AttentionSpec, n: int = N, *, batch: int = BATCH, device: torch.device | str = "cpu") -> dict[str, Tensor]:

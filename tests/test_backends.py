@@ -55,7 +55,7 @@ def served(backends: list[Backend], *, dtypes: tuple[str, ...] = ("float64",)) -
     for device, marks in DEVICES.items():
         for backend in backends:
             for case in CASES.values():
-                for seating in seats(case):
+                for seating in seats(case, carry=False):
                     for dtype in dtypes:
                         call = call_of(case.spec, SEATINGS[seating](N), dtype=DTYPES[dtype], device=device)
                         if claims(backend, call) and not backend.limits(call):
@@ -151,7 +151,7 @@ def test_every_length_equals_the_definition(
 
 def test_every_claimed_feature_is_measured() -> None:
     for backend in MEASURED:
-        calls = [call_of(c.spec, SEATINGS[s](N)) for c in CASES.values() for s in seats(c)]
+        calls = [call_of(c.spec, SEATINGS[s](N)) for c in CASES.values() for s in seats(c, carry=False)]
         exercised = {name for call in calls if claims(backend, call) for name in features(call.spec) | call.features}
         assert not backend.supports - exercised, f"{backend.name} claims what no case measures"
 
@@ -478,7 +478,7 @@ def test_a_named_back_end_refuses_with_every_missing_feature_and_who_could(backe
 
 def test_auto_never_picks_a_back_end_that_lacks_a_feature() -> None:
     for case in CASES.values():
-        for seating in seats(case):
+        for seating in seats(case, carry=False):
             call = call_of(case.spec, SEATINGS[seating](N))
             assert claims(resolve(call), call)
         assert not choose(case.spec).missing(features(case.spec))
@@ -650,7 +650,7 @@ def test_a_mask_is_no_larger_than_was_foretold(name: str, seating: str, masks: l
     given = tensors(spec, 257)
     run("sdpa", spec, given, seat)
     at_i, at_j = seat.layouts()
-    assert sum(held for _, _, held in masks) <= sdpa.mask_bytes(spec, at_i, at_j, BATCH, 8)
+    assert sum(held for _, _, held in masks) <= sdpa.mask_bytes(spec, at_i, at_j, 8, batch=BATCH)
 
 
 def test_a_window_on_a_long_sequence_needs_no_dense_mask() -> None:

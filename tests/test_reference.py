@@ -487,15 +487,15 @@ def test_keys_may_be_stored_in_any_order(case: Case) -> None:
     assert_exact(run_reference(case.spec, moved, at, keys), run_reference(case.spec, given, at))
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["queries", "queries_and_keys"])
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
-def test_queries_in_any_order_are_served_right_or_refused(case: Case) -> None:
+def test_queries_in_any_order_are_served_right_or_refused(case: Case, alone: bool) -> None:
     given, order, at = tensors(case.spec, 17), torch.randperm(17), Layout.plain(17)
-    q, k, v = given["q"][:, :, order], given["k"], given["v"]
+    q, shuffled = given["q"][:, :, order], Layout(at.pos_bn[:, order])
+    k, v = (given[name] if alone else given[name][:, :, order] for name in ("k", "v"))
+    sinks = given.get("sink_logits")
     try:
-        got = attend(
-            q, k, v, spec=case.spec, layout=Layout(at.pos_bn[:, order]), key_layout=at,
-            sink_logits_h=given.get("sink_logits"),
-        )  # fmt: skip
+        got = attend(q, k, v, spec=case.spec, layout=shuffled, key_layout=at if alone else None, sink_logits_h=sinks)
     except ConfigError:
         assert case.selective, "only a running sum over queries needs their order"
         return
