@@ -10,12 +10,12 @@ from typing import Any
 import xattn
 from xattn import ConfigError
 from xattn.experiments.schema import CompareConfig, EvalConfig, EvaluateConfig, RunConfig, TrainConfig
+from xattn.experiments.sources import vocabulary_of
 
 _HERE = Path(__file__).resolve().parent
 # Installed, configs/ lies inside this package's parent; in a checkout beside it.
 CONFIGS = _HERE.parent / "configs"
 GROUPS = ("model", "data", "optim", "schedule", "trainer", "tracking", "eval", "experiment", "sweep", "debug")
-BYTES_VOCABULARY = 256
 # Everything the library raises for what a user asked; anything else is our own mistake and keeps its traceback.
 USER_ERRORS = (ConfigError, xattn.CheckpointError, xattn.ShapeError, xattn.TokenError)
 
@@ -145,9 +145,14 @@ def resolve(cfg: Any) -> Any:
 
 def complete_model(config: RunConfig) -> None:
     """Fill num_tokens from the tokeniser and max_seq_len from the training length; refuse values that do not fit."""
-    vocabulary = {"bytes": BYTES_VOCABULARY, "bpe": config.data.vocab_size, "gpt2": 50_257}[config.data.tokenizer]
+    vocabulary = vocabulary_of(config.data)
+    if vocabulary is None and "num_tokens" not in config.model:
+        raise ConfigError(
+            f"data.path={config.data.path} has no meta.json with vocab_size; say how many ids there are with "
+            "model.num_tokens=50304 or the like"
+        )
     num_tokens = config.model.setdefault("num_tokens", vocabulary)
-    if isinstance(num_tokens, int) and num_tokens < vocabulary and config.data.source != "bin":
+    if vocabulary is not None and isinstance(num_tokens, int) and num_tokens < vocabulary:
         raise ConfigError(
             f"model.num_tokens={num_tokens} is less than the {vocabulary} ids of "
             f"data.tokenizer={config.data.tokenizer}; drop model.num_tokens or use {vocabulary}"

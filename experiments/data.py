@@ -1,50 +1,72 @@
-"""Tokens to train and judge on: a corpus of two token arrays, and batches that are a pure function of (seed, step).
+"""Tokens to train and judge on, and batches that are a pure function of (seed, step).
 
-Letters: b batch, n sequence.
+Letters: b batch, n sequence. Where texts come from is in sources.py, how they become tokens in tokenise.py.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from xattn import ConfigError
-from xattn.experiments.schema import DataConfig, TrainerConfig
+from xattn.experiments.schema import TrainerConfig
 
-CORPORA = Path(__file__).resolve().parent / "corpora"
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Tokens in one row. `starts`: where each document begins, ascending from 0; None where they are one document."""
+
+    ids: np.ndarray
+    starts: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def window(self, start: int, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """`size` tokens from `start`, and the number of the document that each belongs to."""
+        ids = self.ids[start : start + size].astype(np.int64)
+        if self.starts is None:
+            return ids, None
+        return ids, np.searchsorted(self.starts, np.arange(start, start + size), side="right")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Tokens of the two parts. `token_bytes[v]` is how many bytes of text token v stands for (None: unknown)."""
+    """A text's two parts. `token_bytes[v]`: bytes of text that token v stands for (None: the tokeniser cannot say)."""
 
     name: str
     tokenizer: str
     vocabulary: int
-    train: np.ndarray
-    val: np.ndarray
+    train: Part
+    val: Part
     token_bytes: np.ndarray | None
 
     def bytes_of(self, ids: np.ndarray) -> int | None:
-        """Bytes of text behind these ids; None where the tokeniser cannot say."""
+        """Bytes of text behind these ids."""
         return None if self.token_bytes is None else int(self.token_bytes[ids].sum())
 
 
-def load_corpus(data: DataConfig) -> Corpus:
-    """Read and tokenise the configured source.
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Sequences of n inputs and their n targets: ids (b, n + 1) int64, doc_ids alike, or None for one document."""
 
-    Raises:
-        ConfigError: the source is missing, empty or cannot be decoded.
-    """
-    if data.source == "shakespeare":
-        return _from_text(data, (CORPORA / "tinyshakespeare.txt").read_bytes(), None)
-    if data.source == "text":
-        val = _read_text(data.val_path) if data.val_path is not None else None
-        return _from_text(data, _read_text(data.path), val)
-    raise ConfigError(f"data.source={data.source} is not built in yet; use data.source=shakespeare or text")
+    ids_bn: torch.Tensor
+    doc_ids_bn: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids_bn)
+
+    def split(self, rows: int) -> Iterator["Batch"]:
+        """Groups of `rows` sequences in order; the last may be smaller."""
+        for low in range(0, len(self), rows):
+            doc_ids = None if self.doc_ids_bn is None else self.doc_ids_bn[low : low + rows]
+            yield Batch(ids_bn=self.ids_bn[low : low + rows], doc_ids_bn=doc_ids)
+
+    def to(self, device: torch.device) -> "Batch":
+        doc_ids = None if self.doc_ids_bn is None else self.doc_ids_bn.to(device, non_blocking=True)
+        return Batch(ids_bn=self.ids_bn.to(device, non_blocking=True), doc_ids_bn=doc_ids)
 
 
 def check_corpus(corpus: Corpus, *, num_tokens: int, trainer: TrainerConfig, longest: int) -> None:
@@ -56,52 +78,55 @@ def check_corpus(corpus: Corpus, *, num_tokens: int, trainer: TrainerConfig, lon
     Raises:
         ConfigError: empty or too short parts, or ids outside the vocabulary.
     """
-    for part, ids, needed in (("training", corpus.train, trainer.seq_len + 1), ("validation", corpus.val, longest + 1)):
-        if len(ids) == 0:
-            raise ConfigError(f"the {part} part of {corpus.name} is empty; give a text of at least {needed} tokens")
-        if len(ids) < needed:
+    for label, part, needed in (
+        ("training", corpus.train, trainer.seq_len + 1),
+        ("validation", corpus.val, longest + 1),
+    ):
+        if len(part) == 0:
+            raise ConfigError(f"the {label} part of {corpus.name} is empty; give a text of at least {needed} tokens")
+        if len(part) < needed:
             raise ConfigError(
-                f"the {part} part of {corpus.name} has {len(ids)} tokens and one sequence needs {needed}; "
+                f"the {label} part of {corpus.name} has {len(part)} tokens and one sequence needs {needed}; "
                 "use a longer text, a shorter trainer.seq_len or fewer eval.length_factors"
             )
-        top = int(ids.max())
-        if top >= num_tokens or int(ids.min()) < 0:
+        top = int(part.ids.max())
+        if top >= num_tokens or int(part.ids.min()) < 0:
             raise ConfigError(
-                f"the {part} part of {corpus.name} holds token id {top}, outside the vocabulary of "
+                f"the {label} part of {corpus.name} holds token id {top}, outside the vocabulary of "
                 f"model.num_tokens={num_tokens}; use model.num_tokens={top + 1} or the tokeniser that made these ids"
             )
 
 
-def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> torch.Tensor:
+def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> Batch:
     """The sequences of one training step.
 
     A counter-based generator keyed by (seed, step) draws the offsets, so any step can be had without the ones before
     it: resuming needs no loader state, and accumulation or the number of processes changes nothing.
-
-    Returns: ids of shape (b, n + 1), int64: n inputs and their n targets.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     starts = generator.integers(0, len(corpus.train) - seq_len, size=batch_size)
-    return torch.from_numpy(np.stack([corpus.train[s : s + seq_len + 1].astype(np.int64) for s in starts]))
+    return _cut(corpus.train, starts, seq_len)
 
 
-def eval_blocks(corpus: Corpus, *, tokens: int, length: int, longest: int) -> torch.Tensor:
+def eval_blocks(corpus: Corpus, *, tokens: int, length: int, longest: int) -> Batch:
     """Validation sequences that predict the same tokens at every length.
 
-    Block i predicts ids i*length+1 ... (i+1)*length; the set is cut to a multiple of `longest`, so that no length
+    Block i predicts tokens i*length+1 ... (i+1)*length; the set is cut to a multiple of `longest`, so that no length
     leaves a tail out.
-
-    Returns: ids of shape (blocks, length + 1), int64.
     """
     predicted = max(min(tokens, len(corpus.val) - 1) // longest, 1) * longest
-    ids = corpus.val[: predicted + 1].astype(np.int64)
-    windows = np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length]
-    return torch.from_numpy(np.ascontiguousarray(windows))
+    return _cut(corpus.val, range(0, predicted, length), length)
 
 
-def batches(blocks: torch.Tensor, batch_tokens: int) -> Iterator[torch.Tensor]:
-    """Split blocks (b, n + 1) into groups of about `batch_tokens` tokens; at least one sequence each."""
-    return iter(blocks.split(max(batch_tokens // (blocks.shape[1] - 1), 1)))
+def _cut(part: Part, starts: Iterator[int] | np.ndarray | range, seq_len: int) -> Batch:
+    windows = [part.window(int(start), seq_len + 1) for start in starts]
+    doc_ids = None if part.starts is None else torch.from_numpy(np.stack([docs for _, docs in windows]))
+    return Batch(ids_bn=torch.from_numpy(np.stack([ids for ids, _ in windows])), doc_ids_bn=doc_ids)
+
+
+def batches(blocks: Batch, batch_tokens: int) -> Iterator[Batch]:
+    """Groups of about `batch_tokens` tokens; at least one sequence each."""
+    return blocks.split(max(batch_tokens // (blocks.ids_bn.shape[1] - 1), 1))
 
 
 class Seen:
@@ -113,29 +138,9 @@ class Seen:
     def __init__(self, digest: str = "") -> None:
         self.digest = digest
 
-    def update(self, ids: torch.Tensor) -> None:
+    def update(self, batch: Batch) -> None:
         chain = hashlib.blake2b(self.digest.encode(), digest_size=16)
-        chain.update(ids.numpy().tobytes())
+        for tensor in (batch.ids_bn, batch.doc_ids_bn):
+            if tensor is not None:
+                chain.update(tensor.numpy().tobytes())
         self.digest = chain.hexdigest()
-
-
-def _from_text(data: DataConfig, train: bytes, val: bytes | None) -> Corpus:
-    if data.tokenizer != "bytes":
-        raise ConfigError(f"data.tokenizer={data.tokenizer} is not built in yet; use data.tokenizer=bytes")
-    name = "Tiny Shakespeare" if data.source == "shakespeare" else str(data.path)
-    ids = np.frombuffer(train, dtype=np.uint8)
-    if val is None:
-        cut = int(len(ids) * (1.0 - data.val_fraction))
-        ids, val_ids = ids[:cut], ids[cut:]
-    else:
-        val_ids = np.frombuffer(val, dtype=np.uint8)
-    if data.max_train_tokens is not None:
-        ids = ids[: data.max_train_tokens]
-    return Corpus(name=name, tokenizer="bytes", vocabulary=256, train=ids, val=val_ids, token_bytes=np.ones(256, dtype=np.int64))
-
-
-def _read_text(path: str | None) -> bytes:
-    try:
-        return Path(str(path)).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"data.path={path} cannot be read: {error.strerror}; use the path of a text file") from None

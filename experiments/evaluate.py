@@ -12,12 +12,13 @@ from xattn import ConfigError
 from xattn.experiments import record
 from xattn.experiments.compose import check_flags, command_line, hydra_main, resolve
 from xattn.experiments.configfile import load_config
-from xattn.experiments.data import check_corpus, load_corpus
+from xattn.experiments.data import check_corpus
 from xattn.experiments.device import pick_device, pick_precision
 from xattn.experiments.judge import AS_TRAINED, judge_all
 from xattn.experiments.loop import backend_summary
 from xattn.experiments.record import say
 from xattn.experiments.schema import EvaluateConfig
+from xattn.experiments.sources import load_corpus
 
 FOLDER = "evaluations"
 

@@ -10,7 +10,7 @@ import torch
 
 import xattn
 from xattn import ConfigError
-from xattn.experiments.data import Corpus, batches, eval_blocks
+from xattn.experiments.data import Batch, Corpus, batches, eval_blocks
 from xattn.experiments.device import autocast
 from xattn.experiments.schema import EvalConfig
 
@@ -31,19 +31,23 @@ def judge_all(
     for name, flags in {AS_TRAINED: {}, **eval_config.extensions}.items():
         by_length[name], by_position[name] = {}, {}
         for length in sorted({factor * seq_len for factor in eval_config.length_factors}):
-            blocks_bn = eval_blocks(corpus, tokens=eval_config.tokens, length=length, longest=longest)
+            blocks = eval_blocks(corpus, tokens=eval_config.tokens, length=length, longest=longest)
             try:
                 judged = _with_flags(model, eval_config.flags | flags)
-                nll_bn = token_nll(judged, blocks_bn, batch_tokens=eval_config.batch_tokens, device=device, precision=precision)
+                nll_bn = token_nll(
+                    judged, blocks, batch_tokens=eval_config.batch_tokens, device=device, precision=precision
+                )
             except (ConfigError, xattn.TokenError) as error:
                 by_length[name][str(length)] = {"error": str(error)}
                 continue
-            by_length[name][str(length)] = score(nll_bn, blocks_bn[:, 1:], corpus)
+            by_length[name][str(length)] = score(nll_bn, blocks.ids_bn[:, 1:], corpus)
             by_position[name][str(length)] = score_positions(nll_bn, buckets=eval_config.position_buckets)
     return {"val": by_length[AS_TRAINED][str(seq_len)], "val_by_length": by_length, "val_by_position": by_position}
 
 
-def token_nll(model: Any, blocks_bn: torch.Tensor, *, batch_tokens: int, device: torch.device, precision: str) -> torch.Tensor:
+def token_nll(
+    model: Any, blocks: Batch, *, batch_tokens: int, device: torch.device, precision: str
+) -> torch.Tensor:
     """Nats of each predicted token, float64 on the CPU, shape (b, n); the blocks hold n + 1 ids."""
     ar = xattn.AutoregressiveWrapper(model)
     was_training = model.training
@@ -51,7 +55,8 @@ def token_nll(model: Any, blocks_bn: torch.Tensor, *, batch_tokens: int, device:
     try:
         with torch.no_grad(), autocast(device, precision):
             parts = [
-                ar.token_nll(ids_bn.to(device), extrapolate=True).double().cpu() for ids_bn in batches(blocks_bn, batch_tokens)
+                ar.token_nll(group.ids_bn, doc_ids=group.doc_ids_bn, extrapolate=True).double().cpu()
+                for group in (group.to(device) for group in batches(blocks, batch_tokens))
             ]
     finally:
         model.train(was_training)

@@ -13,12 +13,13 @@ import torch
 import xattn
 from xattn.experiments import checkpoint, record
 from xattn.experiments.configfile import redact
-from xattn.experiments.data import Corpus, Seen, check_corpus, eval_blocks, load_corpus, train_batch
+from xattn.experiments.data import Batch, Corpus, Seen, check_corpus, eval_blocks, train_batch
 from xattn.experiments.device import autocast, pick_device, pick_precision, synchronise
 from xattn.experiments.judge import judge_all, score, token_nll
 from xattn.experiments.optim import build_optimiser, lr_factor
 from xattn.experiments.record import say
 from xattn.experiments.schema import RunConfig
+from xattn.experiments.sources import load_corpus
 from xattn.experiments.tracking import WandbMirror
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -130,18 +131,17 @@ class Trainer:
     def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimiser step. Returns the mean loss in nats a token, the gradient norm before clipping, the rate."""
         config, trainer = self.config, self.config.trainer
-        ids_bn = train_batch(self.corpus, seed=config.seed, step=step, batch_size=trainer.batch_size, seq_len=trainer.seq_len)
-        self.seen.update(ids_bn)
+        batch = train_batch(self.corpus, seed=config.seed, step=step, batch_size=trainer.batch_size, seq_len=trainer.seq_len)
+        self.seen.update(batch)
         lr = config.optim.lr * lr_factor(step * trainer.tokens_per_step, total=trainer.tokens, schedule=config.schedule)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         # Dropout is a function of (seed, step) too, so that a resumed run draws the same masks.
         torch.manual_seed((config.seed << 32) + step)
         total = torch.zeros((), device=self.device)
-        for micro_bn in ids_bn.split(trainer.micro_batch or trainer.batch_size):
-            with autocast(self.device, self.precision):
-                loss = self.ar(micro_bn.to(self.device, non_blocking=True))
-            share = len(micro_bn) / len(ids_bn)
+        for micro in batch.split(trainer.micro_batch or trainer.batch_size):
+            loss = self._loss(micro.to(self.device))
+            share = len(micro) / len(batch)
             (loss * share).backward()
             total += loss.detach().float() * share
         limit = config.optim.grad_clip if config.optim.grad_clip is not None else math.inf
@@ -149,6 +149,10 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return total, grad_norm, lr
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        with autocast(self.device, self.precision):
+            return self.ar(batch.ids_bn, doc_ids=batch.doc_ids_bn)
 
     def _report(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
         trainer, step = self.config.trainer, self.progress.step
@@ -169,15 +173,15 @@ class Trainer:
 
     def _quick_eval(self) -> dict[str, float]:
         seq_len = self.config.trainer.seq_len
-        blocks_bn = eval_blocks(self.corpus, tokens=self.config.eval.every_tokens, length=seq_len, longest=seq_len)
+        blocks = eval_blocks(self.corpus, tokens=self.config.eval.every_tokens, length=seq_len, longest=seq_len)
         nll_bn = token_nll(
             self.model,
-            blocks_bn,
+            blocks,
             batch_tokens=self.config.eval.batch_tokens,
             device=self.device,
             precision=self.precision,
         )
-        values = score(nll_bn, blocks_bn[:, 1:], self.corpus)
+        values = score(nll_bn, blocks.ids_bn[:, 1:], self.corpus)
         return {f"val/{name}": values[name] for name in ("loss_nats", "ppl", "bpb") if values[name] is not None}
 
     def _line(self, row: dict[str, Any], *, last: bool) -> None:

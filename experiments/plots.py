@@ -60,19 +60,19 @@ def _loss(axes: Any, rows: Sequence[Row]) -> bool:
             if len(points) < 2:
                 continue
             losses = _smooth([loss for _, loss in points])
-            late += losses[len(losses) // 10 :]
+            late += losses[len(losses) // 6 :]
             label = row.name if number == 0 else None
             axes.plot([t / 1e6 for t, _ in points], losses, color=_colour(place), lw=1.4, alpha=0.9, label=label)
             drawn = True
     if drawn:
-        # The first tenth falls from ln(vocabulary) and would flatten everything worth seeing.
+        # The first sixth falls from ln(vocabulary) and would flatten everything worth seeing.
         axes.set_ylim(min(late) - 0.05, max(late) + 0.1)
         axes.set(xlabel="training tokens (million)", ylabel="loss (nats a token)")
         axes.legend(frameon=False, fontsize=9)
     return drawn
 
 
-def _smooth(values: list[float], weight: float = 0.8) -> list[float]:
+def _smooth(values: list[float], weight: float = 0.6) -> list[float]:
     smoothed, mean, total = [], 0.0, 0.0
     for value in values:
         # Divided by the weights so far, so that the first points are not pulled to zero.

@@ -28,9 +28,10 @@ class DataConfig:
     tokenizer: str = "bytes"
     vocab_size: int = 8192  # bpe only
     val_fraction: float = 0.1
-    cache: str | None = None  # folder for tokenised text; None: beside the run
+    cache: str | None = None  # folder for tokenised text; None: ~/.cache/xattn
+    text_field: str = "text"  # of a .jsonl line or a Hugging Face row
+    document_mask: bool = True  # attention and positions stop at document ends
     hf_config: str | None = None
-    hf_field: str = "text"
     max_train_tokens: int | None = None
 
     def check(self) -> None:
@@ -38,6 +39,9 @@ class DataConfig:
         _choice("data.tokenizer", self.tokenizer, TOKENIZERS)
         if not 0.0 < self.val_fraction < 1.0:
             raise ConfigError(f"data.val_fraction={self.val_fraction} is not between 0 and 1; use 0.1")
+        _positive("data.vocab_size", self.vocab_size)
+        if self.max_train_tokens is not None:
+            _positive("data.max_train_tokens", self.max_train_tokens)
         if self.source != "shakespeare" and self.path is None:
             raise ConfigError(f"data.source={self.source} reads data.path, which is not given; use data.path=...")
         if self.source == "shakespeare" and self.path is not None:

@@ -48,7 +48,7 @@ def test_the_quick_study_leaves_table_plots_and_numbers(study: Path) -> None:
         "study.json", "report.md", "results.csv", "results.json", "loss.png", "length.png", "position.png",
     }  # fmt: skip
     text = (study / "report.md").read_text()
-    for word in ("dense", "window", "hybrid_LLLG", "selective", "self_extend", "yarn", "baseline", "64 (4x)"):
+    for word in ("dense", "window", "hybrid_LLLG", "selective", "self_extend", "yarn_4x", "baseline", "64 (4x)"):
         assert word in text
     backends = record.read_result(study / "selective-seed0")["backends"]
     assert f"| {backends[0]['backend']} |" in text

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import xattn
-from xattn.experiments.data import Corpus, eval_blocks
+from xattn.experiments.data import Corpus, Part, eval_blocks
 from xattn.experiments.judge import judge_all, score, score_positions, token_nll
 from xattn.experiments.optim import build_optimiser, lr_factor
 from xattn.experiments.schema import EvalConfig, OptimConfig, ScheduleConfig
@@ -18,7 +18,8 @@ CPU = torch.device("cpu")
 
 def corpus(token_bytes: np.ndarray | None = None) -> Corpus:
     ids = np.random.default_rng(0).integers(0, 50, size=600)
-    return Corpus(name="random", tokenizer="bpe", vocabulary=50, train=ids, val=ids, token_bytes=token_bytes)
+    part = Part(ids=ids)
+    return Corpus(name="random", tokenizer="bpe", vocabulary=50, train=part, val=part, token_bytes=token_bytes)
 
 
 def judged(model, **config):
@@ -39,7 +40,7 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_predicted_text() -> None:
 
 def test_scores_agree_with_the_models_own_logits() -> None:
     model = xattn.build(FLAGS)
-    blocks = eval_blocks(corpus(), tokens=128, length=16, longest=64)
+    blocks = eval_blocks(corpus(), tokens=128, length=16, longest=64).ids_bn
     logits = model(blocks[:, :-1]).detach()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
     assert judged(model)["val"]["loss_nats"] == pytest.approx(float(loss), rel=1e-5)
