@@ -1,4 +1,4 @@
-"""Who may import whom: arrows point down, and `import xattn` costs torch and einops only."""
+"""Who may import whom: arrows point down, and `import xattn` costs torch, einops and safetensors only."""
 
 import ast
 import subprocess
@@ -89,14 +89,16 @@ def test_arrows_point_down(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_library_imports_torch_and_einops_only(path: Path) -> None:
+def test_the_library_imports_torch_einops_and_for_checkpoints_safetensors_only(path: Path) -> None:
     part = part_of(path)
     for name, at_once in imports(path):
         head = name.split(".")[0]
         if head in RESERVED:
             assert part in RESERVED[head], f"only {', '.join(RESERVED[head])} may import {head}"
         if part not in ("experiments", "kernels") and at_once:
-            assert head in {"xattn", "torch", "einops", *sys.stdlib_module_names}, f"{path.name} imports {head} at once"
+            allowed = {"xattn", "torch", "einops", *sys.stdlib_module_names}
+            allowed |= {"safetensors"} if part == "checkpoint" else set()
+            assert head in allowed, f"{path.name} imports {head} at once"
         if own(name) == "kernels" and part != "kernels":
             assert not at_once, f"{path.name} imports {name} before a kernel is needed"
 
