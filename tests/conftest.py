@@ -6,6 +6,10 @@ from cases import DEVICES
 from hypothesis import settings
 
 torch.set_num_threads(1)
+if torch.cuda.is_available():
+    # the first product on a GPU warns that it makes the context, and warnings are errors here
+    torch.cuda.init()
+    torch.zeros(1, 1, device="cuda", requires_grad=True).mm(torch.zeros(1, 1, device="cuda")).sum().item()
 # the same examples on every run and every machine; nothing is written beside the code
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=150)
 settings.load_profile("steady")
