@@ -20,11 +20,12 @@ FOLDER = "checkpoints"
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run is. `seen` is the digest of the tokens trained on; `seconds` the time spent in training steps."""
+    """How far a run is. `seen`: digest of the tokens trained on; `seconds`: time spent in training steps."""
 
     step: int = 0
     seen: str = ""
     seconds: float = 0.0
+    tokens_per_second: float = 0.0
 
 
 def save_checkpoint(run_dir: Path, model: Any, optimiser: torch.optim.Optimizer, progress: Progress, *, keep: int) -> bool:

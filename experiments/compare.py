@@ -15,7 +15,7 @@ from xattn.experiments import record
 from xattn.experiments.compose import check_flags, command_line, hydra_main, resolve
 from xattn.experiments.configfile import as_run
 from xattn.experiments.gather import find_runs, gather
-from xattn.experiments.launch import launch, prepare
+from xattn.experiments.launch import launch, prepare, stopped
 from xattn.experiments.plots import draw
 from xattn.experiments.record import say
 from xattn.experiments.report import print_report, write_report
@@ -74,7 +74,7 @@ def _study(config: CompareConfig) -> int:
     for number, job in enumerate(jobs, start=1):
         prefix = f"[{number}/{len(jobs)} {job.run_dir.name}] "
         result = launch(job.config, job.run_dir, prefix=prefix, quiet=True)
-        if result["status"] == record.INTERRUPTED:
+        if result["status"] == record.INTERRUPTED or (stopped() and number < len(jobs)):
             say(f"interrupted; the same command goes on from here ({folder})")
             return 75
     return report(config, folder)

@@ -4,6 +4,7 @@ Letters: b blocks, n positions. Perplexity is exp(sum of nats / sum of tokens), 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,16 @@ AS_TRAINED = "none"
 
 
 def judge_all(
-    model: Any, corpus: Corpus, eval_config: EvalConfig, *, seq_len: int, device: torch.device, precision: str
+    model: Any,
+    corpus: Corpus,
+    eval_config: EvalConfig,
+    *,
+    seq_len: int,
+    device: torch.device,
+    precision: str,
+    before_each: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Judge at every length, as trained and with every extension.
+    """Judge at every length, as trained and with every extension; `before_each` is called before each of them.
 
     Returns: `val` (trained length, no extension), `val_by_length` {extension: {length: score}} and `val_by_position`
     {extension: {length: [score of each bucket]}}. Where the model cannot do what was asked, a score is {"error": why}.
@@ -31,12 +39,11 @@ def judge_all(
     for name, flags in {AS_TRAINED: {}, **eval_config.extensions}.items():
         by_length[name], by_position[name] = {}, {}
         for length in sorted({factor * seq_len for factor in eval_config.length_factors}):
+            before_each()
             blocks = eval_blocks(corpus, tokens=eval_config.tokens, length=length, longest=longest)
             try:
                 judged = _with_flags(model, eval_config.flags | flags)
-                nll_bn = token_nll(
-                    judged, blocks, batch_tokens=eval_config.batch_tokens, device=device, precision=precision
-                )
+                nll_bn = token_nll(judged, blocks, batch_tokens=eval_config.batch_tokens, device=device, precision=precision)
             except (ConfigError, xattn.TokenError) as error:
                 by_length[name][str(length)] = {"error": str(error)}
                 continue
@@ -45,9 +52,7 @@ def judge_all(
     return {"val": by_length[AS_TRAINED][str(seq_len)], "val_by_length": by_length, "val_by_position": by_position}
 
 
-def token_nll(
-    model: Any, blocks: Batch, *, batch_tokens: int, device: torch.device, precision: str
-) -> torch.Tensor:
+def token_nll(model: Any, blocks: Batch, *, batch_tokens: int, device: torch.device, precision: str) -> torch.Tensor:
     """Nats of each predicted token, float64 on the CPU, shape (b, n); the blocks hold n + 1 ids."""
     ar = xattn.AutoregressiveWrapper(model)
     was_training = model.training

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,16 @@ from xattn.experiments.schema import RunConfig
 _MAY_CHANGE = ("tracking.", "isolate", "trainer.log_every", "trainer.save_every", "trainer.keep_checkpoints",
                "trainer.threads", "eval.batch_tokens")  # fmt: skip
 
-# Threads that spin while they wait take the cores from every other program, and from each other where cores are shared:
-# a step then takes ten times as long.
-_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+# Threads that spin for long while they wait take the cores from every other program, and where cores are shared from
+# each other: a step then takes up to ten times as long. Not spinning at all costs a third; this short spin costs nothing.
+_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
+
+_stopped = threading.Event()
+
+
+def stopped() -> bool:
+    """Whether a signal asked this process to stop; no further run should be started."""
+    return _stopped.is_set()
 
 
 def prepare(config: RunConfig, run_dir: Path) -> None:
@@ -120,20 +127,17 @@ def _process(
 
 @contextmanager
 def _forward_signals(process: subprocess.Popen) -> Iterator[None]:
-    """A stop request to the parent reaches the worker, which saves its state; the parent lives on to record it."""
+    """A stop request to this process reaches the worker, which saves its state; this process lives on to record it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def forward(number: int, _frame: Any) -> None:
+        _stopped.set()
         if process.poll() is None:
             process.send_signal(number)
 
-    def wait(_number: int, _frame: Any) -> None:
-        """Ctrl-C reaches the worker from the terminal by itself."""
-
-    handlers: dict[int, Callable] = {signal.SIGTERM: forward, signal.SIGUSR1: forward, signal.SIGINT: wait}
-    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:

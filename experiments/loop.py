@@ -201,21 +201,27 @@ class Trainer:
     def _tokens_per_second(self) -> float:
         """Tokens of a step over the median step time, warm-up left out: steady although other programs come and go."""
         settled = self.step_seconds[_WARMUP_STEPS:] or self.step_seconds
-        return self.config.trainer.tokens_per_step / statistics.median(settled) if settled else 0.0
+        if not settled:
+            return self.progress.tokens_per_second
+        return self.config.trainer.tokens_per_step / statistics.median(settled)
 
     def _maybe_save(self, loss: torch.Tensor) -> None:
         trainer, step = self.config.trainer, self.progress.step
-        if step == trainer.steps:
-            return
-        asked = bool(self.stop["signal"])
         due = trainer.save_every is not None and step % trainer.save_every == 0
-        if asked or due:
+        # The last step always: judging may be stopped too, and must not take the training with it.
+        if due or self.stop["signal"] or step == trainer.steps:
             # Looked at here too: weights that have diverged must not push out the last good checkpoint.
             _check_finite(float(loss), step)
+            self.progress.tokens_per_second = self._tokens_per_second()
             checkpoint.save_checkpoint(self.run_dir, self.model, self.optimiser, self.progress, keep=trainer.keep_checkpoints)
-        if asked:
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.stop["signal"]:
             self.mirror.preempting()
-            raise Interrupted(f"{self.stop['signal']} at step {step}; its state is saved: start it again to go on")
+            raise Interrupted(
+                f"{self.stop['signal']} after step {self.progress.step}; its state is saved: start it again to go on"
+            )
 
     # The end.
 
@@ -229,6 +235,7 @@ class Trainer:
             seq_len=trainer.seq_len,
             device=self.device,
             precision=self.precision,
+            before_each=self._stop_if_asked,
         )
         row = {"step": self.progress.step, "tokens": trainer.tokens}
         row |= {f"val/{name}": judged["val"].get(name) for name in ("loss_nats", "ppl", "bpb")}

@@ -12,7 +12,7 @@ from xattn import ConfigError
 from xattn.experiments import record
 from xattn.experiments.compose import command_line, hydra_main, resolve
 from xattn.experiments.configfile import as_run, load_config
-from xattn.experiments.launch import launch
+from xattn.experiments.launch import launch, stopped
 from xattn.experiments.record import say
 
 
@@ -30,7 +30,7 @@ def _body(argv: list[str]) -> int:
     def task(cfg: Any) -> float:
         result = _one(cfg)
         results.append(result)
-        if result["status"] == record.INTERRUPTED:
+        if stopped() or result["status"] == record.INTERRUPTED:
             raise KeyboardInterrupt
         return _objective(result)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -100,6 +101,22 @@ def test_variants_of_equal_parameters_start_equal_and_see_equal_data(unbroken: P
     assert window["data"]["tokens_seen_digest"] == dense["data"]["tokens_seen_digest"]
     assert losses(tmp_path)[0] == pytest.approx(losses(unbroken)[0], rel=1e-3)
     assert losses(tmp_path)[-1] != losses(unbroken)[-1]
+
+
+def test_a_run_stopped_while_it_is_judged_keeps_its_training(unbroken: Path, tmp_path: Path, monkeypatch) -> None:
+    judge = loop.judge_all
+
+    def stopped(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return judge(*args, **options)
+
+    monkeypatch.setattr(loop, "judge_all", stopped)
+    assert launch(tiny(), tmp_path)["status"] == "interrupted"
+    monkeypatch.undo()
+    monkeypatch.setattr(loop.Trainer, "_step", None)
+    result = launch(tiny(), tmp_path)
+    assert result["status"] == "completed" and result["tokens_per_second"] > 0
+    assert losses(tmp_path) == losses(unbroken) and same_weights(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -215,6 +232,19 @@ def test_a_finished_run_stands_and_what_changes_no_number_may_change(unbroken: P
     began = time.perf_counter()
     assert launch(tiny(log_every=5), unbroken)["status"] == "completed"
     assert time.perf_counter() - began < 0.5
+
+
+def test_a_stop_reaches_the_worker_and_no_further_run_is_started(tmp_path: Path) -> None:
+    code = "import sys; from xattn.experiments.train import main; sys.argv = ['t', *sys.argv[1:]]; main()"
+    options = ["-m", "+debug=fast", "seed=0,1", "run_dir=sweep", "trainer.steps=100000", "trainer.threads=1"]
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", code, *options], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    with sweep:
+        said = [line for line in iter(sweep.stdout.readline, "") if not line.startswith("step ") or sweep.terminate()]
+    assert sweep.returncode in (75, 130), said
+    assert record.read_result(tmp_path / "sweep" / "0")["status"] == "interrupted"
+    assert not (tmp_path / "sweep" / "1").exists()
 
 
 def main(monkeypatch, *argv: str) -> int:
