@@ -16,9 +16,10 @@ from xattn.experiments.compose import check_flags, command_line, hydra_main, res
 from xattn.experiments.configfile import as_run
 from xattn.experiments.gather import find_runs, gather
 from xattn.experiments.launch import launch, prepare, stopped
+from xattn.experiments.page import page
 from xattn.experiments.plots import draw
 from xattn.experiments.record import say
-from xattn.experiments.report import print_report, write_report
+from xattn.experiments.report import notes, print_report, tables, write_report
 from xattn.experiments.schema import CompareConfig, RunConfig
 
 DEFAULT_SWEEP = "quick"
@@ -135,6 +136,15 @@ def report(config: CompareConfig, runs_dir: Path) -> int:
     title = f"Comparison: {study['study']}"
     pictures = draw(rows, runs_dir) if config.plots else []
     write_report(rows, runs_dir, title=title, description=study["description"], pictures=pictures)
+    text = page(
+        title=title,
+        description=study["description"],
+        tables=tables(rows),
+        notes=notes(rows),
+        folder=runs_dir,
+        pictures=pictures,
+    )
+    record.write_text(runs_dir / "report.html", text)
     print_report(rows, title=title)
-    say(f"\nwritten: {runs_dir}/report.md, results.csv, results.json" + "".join(f", {name}" for name, _ in pictures))
+    say(f"\nwritten: {runs_dir}/report.html, report.md, results.csv, results.json" + "".join(f", {name}" for name, _ in pictures))
     return 0 if any(row.done for row in rows) else 1

@@ -18,12 +18,16 @@ RESULT, METRICS, CONFIG, MEMORY, LOG = "result.json", "metrics.jsonl", "config.y
 
 
 def write_json(path: Path, data: Any) -> None:
+    """`write_text` of the data as JSON; numbers that are not finite become their names."""
+    write_text(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Replace `path` in one step: a reader sees the old text or the new one, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(_finite(data), file, indent=1, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from xattn.experiments.gather import Estimate, Row, delta, estimate
 from xattn.experiments.judge import AS_TRAINED
-from xattn.experiments.record import say, write_json
+from xattn.experiments.record import say, write_json, write_text
 
 MIB = 1024**2
 _NONE = "-"
@@ -113,6 +113,11 @@ def _show(value: Estimate | None, form: str, *, interval: bool = False) -> str:
     return text if around is None else f"{text} ± {form.format(around).lstrip('+')}"
 
 
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Every table that the rows have numbers for."""
+    return [table for table in (main_table(rows), length_table(rows)) if table is not None]
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
     """What every reader needs to read the tables, and what the tables left out."""
     done = [row for row in rows if row.done]
@@ -155,7 +160,7 @@ def print_report(rows: Sequence[Row], *, title: str) -> None:
     if not console.is_terminal or console.width < 100:
         console = Console(width=max(200, console.width))
     say(f"\n{title}")
-    for table in filter(None, (main_table(rows), length_table(rows))):
+    for table in tables(rows):
         say(f"\n{table.title}")
         shown = RichTable()
         for place, name in enumerate(table.header):
@@ -177,11 +182,11 @@ def write_report(
         pictures: (file name within `folder`, caption).
     """
     parts = [f"# {title}", *([description] if description else [])]
-    parts += [_markdown(table) for table in (main_table(rows), length_table(rows)) if table is not None]
+    parts += [_markdown(table) for table in tables(rows)]
     parts += ["\n".join(f"- {line}" for line in notes(rows))]
     parts += [f"![{caption}]({name})" for name, caption in pictures]
-    _replace(folder / "report.md", "\n\n".join(parts) + "\n")
-    _replace(folder / "results.csv", _csv(rows))
+    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+    write_text(folder / "results.csv", _csv(rows))
     write_json(folder / "results.json", {"title": title, "rows": [_json_row(row, rows[0]) for row in rows]})
 
 
@@ -241,9 +246,3 @@ def _json_row(row: Row, baseline: Row) -> dict[str, Any]:
         "failures": row.failures,
         "runs": [{"seed": run.config.seed, "run": run.path.name, "result": run.result} for run in row.runs],
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

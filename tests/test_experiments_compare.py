@@ -12,7 +12,8 @@ from xattn import ConfigError
 from xattn.experiments import compare, evaluate, record
 from xattn.experiments.configfile import save_config
 from xattn.experiments.gather import Run, delta, estimate, find_runs, gather
-from xattn.experiments.report import length_table, main_table, notes
+from xattn.experiments.page import page
+from xattn.experiments.report import Table, length_table, main_table, notes
 from xattn.experiments.schema import CompareConfig, EvalConfig, OptimConfig, RunConfig, TrainerConfig
 
 FLAGS = dict(num_tokens=256, max_seq_len=16, dim=16, depth=2, heads=2, rotary_pos_emb=True)
@@ -45,7 +46,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_quick_study_leaves_table_plots_and_numbers(study: Path) -> None:
     names = {path.name for path in study.iterdir() if path.is_file()}
     assert names == {
-        "study.json", "report.md", "results.csv", "results.json", "loss.png", "length.png", "position.png",
+        "study.json", "report.html", "report.md", "results.csv", "results.json", "loss.png", "length.png", "position.png",
     }  # fmt: skip
     text = (study / "report.md").read_text()
     for word in ("dense", "window", "hybrid_LLLG", "selective", "self_extend", "yarn_4x", "baseline", "64 (4x)"):
@@ -57,6 +58,21 @@ def test_the_quick_study_leaves_table_plots_and_numbers(study: Path) -> None:
     assert [(row["variant"], row["seed"]) for row in rows][:3] == [("dense", "0"), ("dense", "1"), ("window", "0")]
     assert len(rows) == 8 and all(float(row["val_bpb"]) > 0 for row in rows)
     assert all(row["not_comparable"] == "" for row in rows)
+
+
+def test_the_page_stands_alone_and_runs_nothing(study: Path) -> None:
+    text = (study / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 3 and text.count("<table>") == 2
+    for foreign in ("<script", "http:", "https:", 'src="/', "@import"):
+        assert foreign not in text
+
+
+def test_names_and_reasons_are_text_and_never_markup(tmp_path: Path) -> None:
+    table = Table(title="<b>", header=["variant", "x"], cells=[["<script>alert(1)</script>", "a & b"]])
+    text = page(title="<i>", description="<u>", tables=[table], notes=["<s>"], folder=tmp_path, pictures=[])
+    assert "&lt;script&gt;" in text and "a &amp; b" in text
+    for tag in ("<script", "<b>", "<i>", "<u>", "<s>"):
+        assert tag not in text
 
 
 def test_a_finished_study_is_reported_again_without_training(study: Path, monkeypatch, capsys) -> None:
