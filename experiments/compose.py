@@ -9,7 +9,7 @@ from typing import Any
 
 import xattn
 from xattn import ConfigError
-from xattn.experiments.schema import CompareConfig, EvalConfig, EvaluateConfig, RunConfig, TrainConfig
+from xattn.experiments.schema import CompareConfig, EvalConfig, EvaluateConfig, RunConfig, TrainConfig, check_tensorboard
 from xattn.experiments.sources import vocabulary_of
 
 _HERE = Path(__file__).resolve().parent
@@ -136,6 +136,8 @@ def resolve(cfg: Any) -> Any:
     if isinstance(config, RunConfig):
         config.model = _given(config.model)
         config.check()
+        if config.tracking.tensorboard:
+            check_tensorboard()
         complete_model(config)
         check_flags(config)
     else:

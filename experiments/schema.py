@@ -4,6 +4,7 @@ The `model` group is the library's own flat flag dict, so its names and defaults
 `None` always means not given; the comment beside a field says what is then used.
 """
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,10 +137,21 @@ class TrackingConfig:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     notes: str | None = None
-    log_model: bool = False
+    log_model: bool = False  # the finished model as a W&B artifact
+    timeout: float = 30.0  # seconds to wait for the W&B server, at the start and again at the end
+    tensorboard: bool = False  # event files in RUN_DIR/tensorboard as well
 
     def check(self) -> None:
         _choice("tracking.mode", self.mode, TRACKING_MODES)
+        _positive("tracking.timeout", self.timeout)
+        if self.log_model and self.mode == "disabled":
+            raise ConfigError("tracking.log_model=true has no effect: tracking.mode is disabled; use tracking.mode=auto")
+
+
+def check_tensorboard() -> None:
+    """Raise ConfigError where tracking.tensorboard=true cannot be served. Not part of `check`: old runs read without it."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tracking.tensorboard=true needs the package tensorboard; pip install tensorboard, or drop the flag")
 
 
 @dataclass(kw_only=True)
