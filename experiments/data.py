@@ -4,7 +4,7 @@ Letters: b batch, n sequence. Where texts come from is in sources.py, how they b
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A text's two parts. `token_bytes[v]`: bytes of text that token v stands for (None: the tokeniser cannot say)."""
+    """A text's two parts. `token_bytes[v]`: bytes of text that token v stands for; `decode`: ids back to text.
+
+    Either is None where the tokeniser cannot say.
+    """
 
     name: str
     tokenizer: str
@@ -42,6 +45,7 @@ class Corpus:
     train: Part
     val: Part
     token_bytes: np.ndarray | None
+    decode: Callable[[np.ndarray], str] | None = None
 
     def bytes_of(self, ids: np.ndarray) -> int | None:
         """Bytes of text behind these ids."""

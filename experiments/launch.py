@@ -14,12 +14,14 @@ from xattn import ConfigError
 from xattn.experiments import record
 from xattn.experiments.configfile import differences, load_config, save_config
 from xattn.experiments.memory import KINDS, PROBE_ENVIRONMENT
+from xattn.experiments.progress import ASKED, following, on_terminal
 from xattn.experiments.record import CONFIG, MEMORY, say
 from xattn.experiments.schema import RunConfig
 
-# What may change between a broken run and its continuation, because no number of the result depends on it.
+# What may change between a broken run and its continuation, because no number of the result depends on it by more than
+# the order of float additions (and, with dropout, on which rank draws which mask).
 _MAY_CHANGE = ("tracking.", "isolate", "trainer.log_every", "trainer.save_every", "trainer.keep_checkpoints",
-               "trainer.threads", "eval.batch_tokens")  # fmt: skip
+               "trainer.threads", "trainer.strategy", "trainer.processes", "trainer.sample", "eval.batch_tokens")  # fmt: skip
 
 # Threads that spin for long while they wait take the cores from every other program, and where cores are shared from
 # each other: a step then takes up to ten times as long. Not spinning at all costs a third; this short spin costs nothing.
@@ -65,6 +67,9 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
         say(f"{prefix}measuring peak memory")
         record.write_json(run_dir / MEMORY, probe_memory(run_dir))
     arguments = ["xattn.experiments.worker", str(run_dir), *(["--quiet"] if quiet else [])]
+    if config.trainer.strategy != "none":
+        processes = f"--nproc-per-node={config.trainer.processes}"
+        arguments = ["torch.distributed.run", "--standalone", processes, "-m", *arguments]
     code, tail = _process(arguments, log=run_dir / record.LOG, prefix=prefix)
     result = record.read_result(run_dir)
     if result["status"] == record.UNFINISHED:
@@ -102,6 +107,9 @@ def _process(
     # -P: a file in the user's directory must not shadow a module of the standard library.
     command = [sys.executable, "-P", "-m", *arguments]
     tail: list[str] = []
+    # Only one bar can live on a terminal, and only the main thread is sure to be alone there.
+    watched = echo and on_terminal() and threading.current_thread() is threading.main_thread()
+    asked = {ASKED: "1"} if watched else {}
     with (
         open(log, "a", encoding="utf-8") if log is not None else nullcontext() as file,
         subprocess.Popen(
@@ -111,12 +119,15 @@ def _process(
             text=True,
             encoding="utf-8",
             errors="replace",
-            env=_WORKER_ENVIRONMENT | os.environ | (environment or {}),
+            env=_WORKER_ENVIRONMENT | os.environ | asked | (environment or {}),
         ) as process,
         # Probes are short and save nothing: Ctrl-C may end them and this process with them.
         _forward_signals(process) if echo else nullcontext(),
+        following(prefix) as is_progress,
     ):
         for line in process.stdout or ():
+            if is_progress(line):
+                continue
             tail = [*tail[-19:], line.rstrip()]
             if file is not None:
                 file.write(line)
@@ -151,6 +162,8 @@ def _how_it_ended(code: int, tail: list[str]) -> tuple[str, str]:
         return record.KILLED, "killed (SIGKILL): by hand, or by the system for want of memory"
     if code < 0:
         return record.KILLED, f"killed by {signal.Signals(-code).name}; last line: {last}"
+    if any("(SIGKILL)" in line for line in tail):
+        return record.KILLED, "a rank was killed (SIGKILL): by hand, or by the system for want of memory"
     if any("can't allocate memory" in line or "OutOfMemoryError" in line for line in tail):
         return record.OOM, last
     return record.FAILED, f"exit status {code}; last line: {last}"

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import resource
 import statistics
 import time
 from dataclasses import asdict
@@ -11,18 +12,24 @@ from typing import Any
 import torch
 
 import xattn
+from xattn import ConfigError
 from xattn.experiments import checkpoint, record
 from xattn.experiments.configfile import redact
 from xattn.experiments.data import Batch, Corpus, Seen, check_corpus, eval_blocks, train_batch
-from xattn.experiments.device import autocast, pick_device, pick_precision, synchronise
+from xattn.experiments.device import autocast, loss_module, peak_flops, pick_device, pick_precision, synchronise
+from xattn.experiments.distributed import join
+from xattn.experiments.ema import build_ema, ema_state, restore_ema
 from xattn.experiments.judge import judge_all, score, token_nll
-from xattn.experiments.optim import build_optimiser, lr_factor
+from xattn.experiments.memory import MAXRSS_UNIT
+from xattn.experiments.optim import build_optimiser, lr_factor, restore_state
+from xattn.experiments.progress import Display
 from xattn.experiments.record import say
+from xattn.experiments.samples import keep_samples, write_samples
 from xattn.experiments.schema import RunConfig
 from xattn.experiments.sources import load_corpus
 from xattn.experiments.tracking import WandbMirror
+from xattn.experiments.watch import Watch
 
-_SECONDS_BETWEEN_LINES = 10.0
 # The first steps pay for allocation and warm-up; they count as training time but not towards tokens a second.
 _WARMUP_STEPS = 3
 
@@ -45,17 +52,29 @@ class Trainer:
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any] | None:
+        """Train, judge and record. Returns the result; None on all ranks but the first, which alone judges."""
+        self.ranks = join(self.config.trainer, self.device)
+        try:
+            self.corpus = self._corpus()
+            self._build()
+            if not self.ranks.first:
+                return self._follow()
+            self._announce()
+            return self._lead()
+        finally:
+            self.ranks.leave()
+
+    def _lead(self) -> dict[str, Any]:
         config = self.config
-        self.corpus = self._corpus()
-        self._build()
-        self._announce()
         self.metrics = record.MetricsFile(self.run_dir, keep_until_step=self.progress.step)
         described = redact(asdict(config)) | self._facts()
         self.mirror = WandbMirror(self.run_dir, config.tracking, name=config.name, job_type="train", config=described)
+        self.display = Display()
         finished = False
         try:
             self._train()
+            self._gather()
             result = self._result()
             record.write_json(self.run_dir / record.RESULT, result)
             self.mirror.summary(_summary(result))
@@ -63,8 +82,16 @@ class Trainer:
             finished = True
             return result
         finally:
+            self.display.close()
             self.metrics.close()
             self.mirror.finish(failed=not finished)
+
+    def _follow(self) -> None:
+        """A rank that is not the first takes every step with it, and says and writes nothing."""
+        self.metrics = self.mirror = None
+        self.display = Display(silent=True)
+        self._train()
+        self._gather()
 
     def _corpus(self) -> Corpus:
         config = self.config
@@ -78,32 +105,60 @@ class Trainer:
         return corpus
 
     def _build(self) -> None:
+        config = self.config
         newest = checkpoint.newest_checkpoint(self.run_dir)
+        loaded = None
         if newest is None:
             # Seeded here and nowhere before, so that variants with the same parameters start from the same weights.
-            torch.manual_seed(self.config.seed)
-            self.model = xattn.build(self.config.model).to(self.device)
-            self.optimiser = build_optimiser(self.model, self.config.optim)
+            torch.manual_seed(config.seed)
+            self.model = xattn.build(config.model)
             self.progress = checkpoint.Progress()
         else:
-            self.model, state, self.progress = checkpoint.load_checkpoint(
-                newest, attn_backend=self.config.model.get("attn_backend", "auto")
-            )
-            self.model.to(self.device)
-            self.optimiser = build_optimiser(self.model, self.config.optim)
-            self.optimiser.load_state_dict(state)
-            say(f"resuming from step {self.progress.step}")
-        self.ar = xattn.AutoregressiveWrapper(self.model)
+            loaded = checkpoint.load_checkpoint(newest, attn_backend=config.model.get("attn_backend", "auto"))
+            self._check_unchanged(loaded, newest)
+            self.model, self.progress = loaded.model, loaded.progress
+        self.model.to(self.device)
         self.params = sum(p.numel() for p in self.model.parameters())
+        self.ema = build_ema(self.model, config.trainer.ema_decay)
+        if loaded is not None and self.ema is not None:
+            restore_ema(self.ema, loaded.ema)
+        self.ranks.shard(self.model)
+        if self.ema is not None:
+            self.ranks.shard(self.ema.module)
+        self.optimiser = build_optimiser(self.model, config.optim)
+        if loaded is not None:
+            restore_state(self.model, self.optimiser, loaded.optimiser)
+            self._say(f"resuming from step {self.progress.step}")
+        self.watch = Watch(**self.progress.watch)
+        self.loss = self.ranks.replicate(loss_module(self.model, config.trainer))
+
+    def _check_unchanged(self, loaded: checkpoint.Loaded, path: Path) -> None:
+        """Refuse to go on with weights of another model or without the average that the config asks for."""
+        there, now = xattn.to_flags(loaded.model.spec), xattn.to_flags(xattn.parse(self.config.model))
+        changed = [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
+        if changed:
+            shown = "; ".join(f"model.{name}: {there.get(name)} there, {now.get(name)} now" for name in changed)
+            raise ConfigError(f"{path} holds another model ({shown}); use another directory for this one")
+        if (loaded.ema is None) != (self.config.trainer.ema_decay is None):
+            has = "no average" if loaded.ema is None else "an average"
+            raise ConfigError(
+                f"{path} holds {has} of the weights, and trainer.ema_decay={self.config.trainer.ema_decay}; "
+                "resume with the trainer.ema_decay it was trained with"
+            )
+
+    def _say(self, text: str) -> None:
+        if self.ranks.first:
+            say(text)
 
     def _announce(self) -> None:
         (self.run_dir / "explain.txt").write_text(self.model.explain() + "\n", encoding="utf-8")
         if not self.quiet:
             say(self.model.explain())
         trainer = self.config.trainer
+        ranks = f", {trainer.processes} processes {trainer.strategy}" if trainer.strategy != "none" else ""
         say(
             f"{self.params:,} parameters, {trainer.tokens:,} tokens of {self.corpus.name} in {trainer.steps} steps, "
-            f"{self.device} {self.precision}, back-end {backend_summary(self.model.backends())}"
+            f"{self.device} {self.precision}{ranks}, back-end {backend_summary(self.model.backends())}"
         )
 
     def _facts(self) -> dict[str, Any]:
@@ -115,135 +170,234 @@ class Trainer:
         trainer = self.config.trainer
         self.seen = Seen(self.progress.seen)
         self.step_seconds: list[float] = []
-        self._last_line = 0.0
         self.model.train()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         for step in range(self.progress.step, trainer.steps):
             began = time.perf_counter()
             loss, grad_norm, lr = self._step(step)
             synchronise(self.device)
             self.step_seconds.append(time.perf_counter() - began)
+            loss, grad_norm = self.ranks.mean(float(loss)), float(grad_norm)
+            _check_finite(loss, grad_norm, step + 1)
+            spiked = self.watch.see(
+                loss, grad_norm, step=step + 1, deviations=trainer.spike_deviations, grad_clip=self.config.optim.grad_clip
+            )
+            if spiked:
+                self._say(spiked)
             self.progress = checkpoint.Progress(
-                step=step + 1, seen=self.seen.digest, seconds=self.progress.seconds + self.step_seconds[-1]
+                step=step + 1,
+                seen=self.seen.digest,
+                seconds=self.progress.seconds + self.step_seconds[-1],
+                watch=self.watch.state(),
             )
             self._report(loss, grad_norm, lr)
-            self._maybe_save(loss)
+            self._maybe_save()
 
     def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """One optimiser step. Returns the mean loss in nats a token, the gradient norm before clipping, the rate."""
+        """One optimiser step. Returns this rank's mean loss in nats a token, the gradient norm before clipping, the rate."""
         config, trainer = self.config, self.config.trainer
         batch = train_batch(self.corpus, seed=config.seed, step=step, batch_size=trainer.batch_size, seq_len=trainer.seq_len)
         self.seen.update(batch)
         lr = config.optim.lr * lr_factor(step * trainer.tokens_per_step, total=trainer.tokens, schedule=config.schedule)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        # Dropout is a function of (seed, step) too, so that a resumed run draws the same masks.
-        torch.manual_seed((config.seed << 32) + step)
+        # Dropout is a function of (seed, step) too, so that a resumed run draws the same masks; ranks draw their own.
+        torch.manual_seed((config.seed << 32) + (self.ranks.rank << 24) + step)
         total = torch.zeros((), device=self.device)
-        for micro in batch.split(trainer.micro_batch or trainer.batch_size):
-            loss = self._loss(micro.to(self.device))
-            share = len(micro) / len(batch)
-            (loss * share).backward()
+        share = trainer.forward_rows / trainer.rows
+        micros = list(self.ranks.share(batch).split(trainer.forward_rows))
+        for number, micro in enumerate(micros, start=1):
+            with self.ranks.accumulating(self.model, self.loss, last=number == len(micros)):
+                loss = self._loss(micro.to(self.device))
+                (loss * share).backward()
             total += loss.detach().float() * share
         limit = config.optim.grad_clip if config.optim.grad_clip is not None else math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return total, grad_norm, lr
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return total, getattr(grad_norm, "full_tensor", lambda: grad_norm)(), lr
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         with autocast(self.device, self.precision):
-            return self.ar(batch.ids_bn, doc_ids=batch.doc_ids_bn)
+            return self.loss(batch.ids_bn, doc_ids=batch.doc_ids_bn)
 
-    def _report(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float) -> None:
+    def _report(self, loss: float, grad_norm: float, lr: float) -> None:
         trainer, step = self.config.trainer, self.progress.step
         last = step == trainer.steps
         row: dict[str, Any] = {"step": step, "tokens": step * trainer.tokens_per_step}
         if step % trainer.log_every == 0 or last or step == 1:
-            value = float(loss)
-            _check_finite(value, step)
-            row |= {"train/loss": value, "train/grad_norm": float(grad_norm), "train/lr": lr}
+            row |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
             row["perf/tokens_per_second"] = self._tokens_per_second()
+            mfu = self._mfu()
+            row |= {} if mfu is None else {"perf/mfu": mfu}
         every = self.config.eval.every
+        samples: list[dict[str, str]] = []
         if every is not None and step % every == 0 and not last:
+            # All ranks together: with shards, no rank has a whole model.
             row |= self._quick_eval()
+            samples = self._samples()
+        if not self.ranks.first:
+            return
         if len(row) > 2:
             self.metrics.write(row)
             self.mirror.log(row)
-            self._line(row, last=last)
+        self._keep_samples(samples)
+        self._line(loss, row, last=last)
+
+    def _judged(self) -> Any:
+        """The weights that count: the average where there is one, else the model."""
+        return self.model if self.ema is None else self.ema.module
+
+    def _samples(self) -> list[dict[str, str]]:
+        return write_samples(self._judged(), self.corpus, self.config, device=self.device, precision=self.precision)
+
+    def _keep_samples(self, samples: list[dict[str, str]]) -> None:
+        if samples:
+            step = self.progress.step
+            self.metrics.write({"step": step, "tokens": step * self.config.trainer.tokens_per_step, "samples": samples})
+            keep_samples(self.run_dir)
 
     def _quick_eval(self) -> dict[str, float]:
         seq_len = self.config.trainer.seq_len
         blocks = eval_blocks(self.corpus, tokens=self.config.eval.every_tokens, length=seq_len, longest=seq_len)
-        nll_bn = token_nll(
-            self.model,
-            blocks,
-            batch_tokens=self.config.eval.batch_tokens,
-            device=self.device,
-            precision=self.precision,
-        )
-        values = score(nll_bn, blocks.ids_bn[:, 1:], self.corpus)
-        return {f"val/{name}": values[name] for name in ("loss_nats", "ppl", "bpb") if values[name] is not None}
 
-    def _line(self, row: dict[str, Any], *, last: bool) -> None:
-        now = time.perf_counter()
-        if not last and now - self._last_line < _SECONDS_BETWEEN_LINES and "val/bpb" not in row:
-            return
-        self._last_line = now
+        def values(model: Any, prefix: str) -> dict[str, float]:
+            nll_bn = token_nll(
+                model,
+                blocks,
+                batch_tokens=self.config.eval.batch_tokens,
+                device=self.device,
+                precision=self.precision,
+            )
+            return _val_row(score(nll_bn, blocks.ids_bn[:, 1:], self.corpus), prefix)
+
+        raw = values(self.model, "val/raw_") if self.ema is not None else {}
+        return values(self._judged(), "val/") | raw
+
+    def _line(self, loss: float, row: dict[str, Any], *, last: bool) -> None:
         steps = self.config.trainer.steps
         left = (steps - self.progress.step) * statistics.median(self.step_seconds)
-        text = f"step {self.progress.step}/{steps}"
-        if "train/loss" in row:
-            text += f"  loss {row['train/loss']:.3f}"
-        if row.get("val/bpb") is not None and "val/bpb" in row:
+        text = f"loss {loss:.3f}"
+        if row.get("val/bpb") is not None:
             text += f"  val bpb {row['val/bpb']:.3f}"
-        say(f"{text}  {self._tokens_per_second():,.0f} tokens/s  {left:.0f} s left")
+        text += f"  {self._tokens_per_second():,.0f} tokens/s  {left:.0f} s left"
+        self.display.step(self.progress.step, steps, text, important=last or "val/loss_nats" in row)
 
     def _tokens_per_second(self) -> float:
         """Tokens of a step over the median step time, warm-up left out: steady although other programs come and go."""
-        settled = self.step_seconds[_WARMUP_STEPS:] or self.step_seconds
+        settled = self.step_seconds[_WARMUP_STEPS:] or self.step_seconds[-1:]
         if not settled:
             return self.progress.tokens_per_second
         return self.config.trainer.tokens_per_step / statistics.median(settled)
 
-    def _maybe_save(self, loss: torch.Tensor) -> None:
+    def _mfu(self) -> float | None:
+        """Model FLOPs a second as a share of what the devices could do; recomputed activations do not count."""
+        peak = peak_flops(self.device, self.precision)
+        if peak is None:
+            return None
+        trainer = self.config.trainer
+        a_token = xattn.accounting.train_flops(self.model.spec, trainer.seq_len) / trainer.seq_len
+        return a_token * self._tokens_per_second() / (peak * trainer.processes)
+
+    def _maybe_save(self) -> None:
         trainer, step = self.config.trainer, self.progress.step
         due = trainer.save_every is not None and step % trainer.save_every == 0
+        # A stop asked of one rank is everybody's.
+        asked = not self.ranks.agree(not self.stop["signal"])
         # The last step always: judging may be stopped too, and must not take the training with it.
-        if due or self.stop["signal"] or step == trainer.steps:
-            # Looked at here too: weights that have diverged must not push out the last good checkpoint.
-            _check_finite(float(loss), step)
+        if due or asked or step == trainer.steps:
+            # Weights that have diverged must not push out the last good checkpoint.
+            if not self.ranks.agree(all(bool(_local(p).isfinite().all()) for p in self.model.parameters())):
+                raise Diverged(f"the weights are not finite after step {step}; {_CURE}")
             self.progress.tokens_per_second = self._tokens_per_second()
-            checkpoint.save_checkpoint(self.run_dir, self.model, self.optimiser, self.progress, keep=trainer.keep_checkpoints)
-        self._stop_if_asked()
+            checkpoint.save_checkpoint(
+                self.run_dir,
+                self.model,
+                self.optimiser,
+                self.progress,
+                keep=trainer.keep_checkpoints,
+                ema=ema_state(self.ema),
+                ranks=self.ranks,
+            )
+        if asked:
+            self._stop()
 
     def _stop_if_asked(self) -> None:
         if self.stop["signal"]:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.mirror is not None:
             self.mirror.preempting()
-            raise Interrupted(
-                f"{self.stop['signal']} after step {self.progress.step}; its state is saved: start it again to go on"
-            )
+        raise Interrupted(
+            f"{self.stop['signal'] or 'a stop request'} after step {self.progress.step}; its state is saved: "
+            "start it again to go on"
+        )
 
     # The end.
 
-    def _result(self) -> dict[str, Any]:
-        config, trainer = self.config, self.config.trainer
-        say("judging")
-        judged = judge_all(
-            self.model,
+    def _gather(self) -> None:
+        """Put shards together and let the other ranks go: judging needs one process."""
+        self.own_memory = self._own_memory()
+        self.model = self.ranks.whole(self.model)
+        if self.ema is not None:
+            self.ema.module = self.ranks.whole(self.ema.module)
+        self.ranks.leave()
+        self.display.close()
+
+    def _own_memory(self) -> dict[str, Any]:
+        """The peak of this very process while it trained, everything in it included; the probes compare better."""
+        if not self.step_seconds:
+            return {}  # resumed after its last step: this process trained nothing
+        if self.device.type == "cuda":
+            return {
+                "run_peak_bytes": torch.cuda.max_memory_allocated(self.device),
+                "run_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
+                "run_method": "cuda max_memory_allocated of the training process",
+            }
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
+        return {"run_peak_bytes": peak, "run_method": "ru_maxrss of the training process, interpreter and corpus included"}
+
+    def _judge(self, model: Any) -> dict[str, Any]:
+        return judge_all(
+            model,
             self.corpus,
-            config.eval,
-            seq_len=trainer.seq_len,
+            self.config.eval,
+            seq_len=self.config.trainer.seq_len,
             device=self.device,
             precision=self.precision,
             before_each=self._stop_if_asked,
         )
+
+    def _judge_raw(self) -> dict[str, Any] | None:
+        """The score of the weights that the average stands in for; None where nothing stands in."""
+        if self.ema is None:
+            return None
+        trainer, every = self.config.trainer, self.config.eval
+        longest = max(every.length_factors) * trainer.seq_len
+        blocks = eval_blocks(self.corpus, tokens=every.tokens, length=trainer.seq_len, longest=longest)
+        model = self.model.with_flags(**every.flags) if every.flags else self.model
+        nll_bn = token_nll(model, blocks, batch_tokens=every.batch_tokens, device=self.device, precision=self.precision)
+        return score(nll_bn, blocks.ids_bn[:, 1:], self.corpus)
+
+    def _result(self) -> dict[str, Any]:
+        config, trainer = self.config, self.config.trainer
+        say("judging")
+        judged, raw = self._judge(self._judged()), self._judge_raw()
         row = {"step": self.progress.step, "tokens": trainer.tokens}
-        row |= {f"val/{name}": judged["val"].get(name) for name in ("loss_nats", "ppl", "bpb")}
+        row |= _val_row(judged["val"], "val/", keep_none=True) | _val_row(raw or {}, "val/raw_")
         self.metrics.write(row)
         self.mirror.log({name: value for name, value in row.items() if value is not None})
-        _save_model(self.model, self.run_dir / "model")
+        self._keep_samples(self._samples())
+        _save_model(self._judged(), self.run_dir / "model")
+        if self.ema is not None:
+            say(f"model/ holds the average of the weights: {judged['val'].get('loss_nats')} nats, raw {raw['loss_nats']}")
         spec = self.model.spec
         memory = record.read_json(self.run_dir / record.MEMORY) or {"error": "not measured"}
+        memory |= self.own_memory
         memory["kv_bytes_per_token"] = xattn.accounting.kv_bytes(spec, trainer.seq_len) / trainer.seq_len
         return {
             "status": record.COMPLETED,
@@ -254,12 +408,21 @@ class Trainer:
             "params": self.params,
             "tokens": trainer.tokens,
             **judged,
+            "weights": "raw" if self.ema is None else "ema",
+            "ema": None if self.ema is None else {"decay": trainer.ema_decay, "val": judged["val"], "raw_val": raw},
+            **self.watch.result(),
             "memory": memory,
             "tokens_per_second": self._tokens_per_second(),
             "train_seconds": self.progress.seconds,
             "train_flops": xattn.accounting.train_flops(spec, trainer.seq_len) * trainer.steps * trainer.batch_size,
+            "mfu": self._mfu(),
             "device": str(self.device),
             "precision": self.precision,
+            "activation_checkpointing": trainer.activation_checkpointing,
+            "compile": trainer.compile,
+            "optimiser": config.optim.name,
+            "strategy": trainer.strategy,
+            "processes": trainer.processes,
             "data": {
                 "corpus": self.corpus.name,
                 "tokenizer": self.corpus.tokenizer,
@@ -269,9 +432,22 @@ class Trainer:
         }
 
 
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss is {loss} at step {step}; use a smaller optim.lr or a longer warm-up")
+_CURE = "use a smaller optim.lr or a longer warm-up"
+
+
+def _check_finite(loss: float, grad_norm: float, step: int) -> None:
+    for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            raise Diverged(f"the {what} is {value} at step {step}; {_CURE}")
+
+
+def _local(p: torch.Tensor) -> torch.Tensor:
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def _val_row(values: dict[str, Any], prefix: str, *, keep_none: bool = False) -> dict[str, Any]:
+    row = {f"{prefix}{name}": values.get(name) for name in ("loss_nats", "ppl", "bpb")}
+    return row if keep_none else {name: value for name, value in row.items() if value is not None}
 
 
 def backend_summary(backends: list[dict[str, Any]]) -> str:

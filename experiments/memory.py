@@ -14,6 +14,7 @@ import gc
 import os
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import torch
 
 import xattn
 from xattn.experiments.configfile import load_config
-from xattn.experiments.device import autocast, pick_device, pick_precision
+from xattn.experiments.device import autocast, loss_module, pick_device, pick_precision
+from xattn.experiments.ema import build_ema
 from xattn.experiments.optim import build_optimiser
 from xattn.experiments.record import CONFIG, write_json
-from xattn.experiments.schema import RunConfig
+from xattn.experiments.schema import RunConfig, TrainerConfig
 
 KINDS = ("train", "infer")
 # Freed tensors must go back to the system at once, or the heap keeps what a step gave up and hides the true peak.
@@ -37,18 +39,18 @@ def measure(config: RunConfig, kind: str) -> dict[str, Any]:
     Returns: `{kind}_peak_bytes`, and for `train` also `state_bytes` (weights, gradients and optimiser state, exact) and
     `activation_bytes` (the rest of the peak).
     """
-    device = pick_device(config.trainer)
+    device = pick_device(replace(config.trainer, strategy="none", processes=1))
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     step = _train_steps if kind == "train" else _infer_step
-    rows, length = config.trainer.micro_batch or config.trainer.batch_size, config.trainer.seq_len
+    rows, length = config.trainer.forward_rows, config.trainer.seq_len
     # Once at a tiny shape first: libraries, thread pools and kernels stay resident for ever and belong to no variant.
     step(config, device, rows=1, length=min(length, 16))
     _give_back(device)
     baseline = _reset_peak(device)
     state_bytes = step(config, device, rows=rows, length=length)
     peak = max(_peak(device) - baseline, 0)
-    measured = {f"{kind}_peak_bytes": peak, f"{kind}_method": _method(device)}
+    measured = {f"{kind}_peak_bytes": peak, f"{kind}_method": _method(device, config.trainer, kind)}
     if kind == "train":
         measured |= {"state_bytes": state_bytes, "activation_bytes": max(peak - state_bytes, 0)}
     return measured
@@ -56,7 +58,10 @@ def measure(config: RunConfig, kind: str) -> dict[str, Any]:
 
 def _train_steps(config: RunConfig, device: torch.device, *, rows: int, length: int) -> int:
     model = xattn.build(config.model).to(device)
-    ar = xattn.AutoregressiveWrapper(model)
+    ema = build_ema(model, config.trainer.ema_decay)
+    # On the CPU a compiler's own memory would drown the step's: there the step is measured as it is without it.
+    trainer = config.trainer if device.type == "cuda" else replace(config.trainer, compile=False)
+    ar = loss_module(model, trainer)
     optimiser = build_optimiser(model, config.optim)
     ids_bn = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
     for _ in range(2):
@@ -64,10 +69,13 @@ def _train_steps(config: RunConfig, device: torch.device, *, rows: int, length: 
             loss = ar(ids_bn)
         loss.backward()
         optimiser.step()
+        if ema is not None:
+            ema.update_parameters(model)
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         optimiser.zero_grad(set_to_none=True)
     states = [t for state in optimiser.state.values() for t in state.values() if torch.is_tensor(t)]
-    return gradients + sum(p.nbytes for p in model.parameters()) + sum(t.nbytes for t in states)
+    averages = [] if ema is None else list(ema.parameters())
+    return gradients + sum(t.nbytes for t in (*model.parameters(), *states, *averages))
 
 
 def _infer_step(config: RunConfig, device: torch.device, *, rows: int, length: int) -> int:
@@ -96,7 +104,7 @@ def _reset_peak(device: torch.device) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
     return _status("VmRSS")
 
 
@@ -105,16 +113,19 @@ def _peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if os.access("/proc/self/clear_refs", os.W_OK):
         return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
 
 
-def _method(device: torch.device) -> str:
+def _method(device: torch.device, trainer: TrainerConfig, kind: str) -> str:
     if device.type == "cuda":
-        return "cuda max_memory_allocated"
-    return "VmHWM growth" if os.access("/proc/self/clear_refs", os.W_OK) else "ru_maxrss growth"
+        method = "cuda max_memory_allocated"
+    else:
+        method = "VmHWM growth" if os.access("/proc/self/clear_refs", os.W_OK) else "ru_maxrss growth"
+        method += ", not compiled" if trainer.compile and kind == "train" else ""
+    return method + (", one process with everything" if trainer.strategy != "none" else "")
 
 
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def _status(field: str) -> int:

@@ -16,7 +16,20 @@ OPTIMISERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+CHECKPOINTING = ("none", "full")
+STRATEGIES = ("none", "ddp", "fsdp")
 TRACKING_MODES = ("auto", "online", "offline", "disabled")
+
+
+# Fields of DataConfig that only some sources read.
+_READ_BY = {
+    "val_path": ("text",),
+    "tokenizer": ("shakespeare", "hf", "text"),
+    "val_fraction": ("shakespeare", "hf", "text"),
+    "document_mask": ("shakespeare", "hf", "text"),
+    "text_field": ("hf", "text"),
+    "hf_config": ("hf",),
+}
 
 
 @dataclass(kw_only=True)
@@ -41,29 +54,54 @@ class DataConfig:
         if not 0.0 < self.val_fraction < 1.0:
             raise ConfigError(f"data.val_fraction={self.val_fraction} is not between 0 and 1; use 0.1")
         _positive("data.vocab_size", self.vocab_size)
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise ConfigError(f"data.vocab_size={self.vocab_size} is too small for a BPE: 256 bytes and a separator; use 8192")
         if self.max_train_tokens is not None:
             _positive("data.max_train_tokens", self.max_train_tokens)
         if self.source != "shakespeare" and self.path is None:
             raise ConfigError(f"data.source={self.source} reads data.path, which is not given; use data.path=...")
         if self.source == "shakespeare" and self.path is not None:
             raise ConfigError(f"data.path={self.path} has no effect: data.source is shakespeare; use data.source=text")
+        for name, sources in _READ_BY.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default and self.source not in sources:
+                raise ConfigError(
+                    f"data.{name}={value} has no effect: data.source is {self.source}; drop it, or use data.source={sources[-1]}"
+                )
+        if self.val_fraction != 0.1 and self.val_path is not None:
+            raise ConfigError(f"data.val_fraction={self.val_fraction} has no effect: data.val_path is given; drop one of them")
+        if self.vocab_size != 8192 and self.tokenizer != "bpe":
+            raise ConfigError(f"data.vocab_size={self.vocab_size} has no effect: data.tokenizer is {self.tokenizer}; use bpe")
 
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """Learning rates are a step; weight decay is decoupled and spares vectors (norms, biases)."""
+    """Learning rates are a step; weight decay is decoupled and spares vectors (norms, biases).
+
+    `muon` serves the matrices inside the blocks; AdamW with the same rate serves embeddings, head and vectors beside it.
+    """
 
     name: str = "adamw"
     lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float | None = None  # muon only; None: 0.95
     weight_decay: float = 0.1
     grad_clip: float | None = 1.0  # largest gradient norm; None: no clipping
 
     def check(self) -> None:
         _choice("optim.name", self.name, OPTIMISERS)
         _positive("optim.lr", self.lr)
+        _positive("optim.eps", self.eps)
+        for name in ("beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ConfigError(f"optim.{name}={value} is not in [0, 1); use 0.9")
+        if self.momentum is not None and self.name != "muon":
+            raise ConfigError(f"optim.momentum={self.momentum} has no effect: optim.name is {self.name}; use optim.beta1")
+        if self.weight_decay < 0:
+            raise ConfigError(f"optim.weight_decay={self.weight_decay} is negative; use 0 for none")
         if self.grad_clip is not None:
             _positive("optim.grad_clip", self.grad_clip)
 
@@ -74,29 +112,48 @@ class ScheduleConfig:
 
     name: str = "cosine"
     warmup_tokens: int | None = None  # None: 5 % of the run
-    decay_fraction: float = 0.2  # wsd only: the last part of the run
-    final_factor: float = 0.1
+    decay_fraction: float | None = None  # wsd only: the last part of the run; None: 0.2
+    final_factor: float | None = None  # where the decay ends; None: 0.1
 
     def check(self) -> None:
         _choice("schedule.name", self.name, SCHEDULES)
         if self.warmup_tokens is not None and self.warmup_tokens < 0:
             raise ConfigError(f"schedule.warmup_tokens={self.warmup_tokens} is negative; use 0 for no warm-up")
-        if not 0.0 < self.decay_fraction <= 1.0:
-            raise ConfigError(f"schedule.decay_fraction={self.decay_fraction} is not in (0, 1]; use 0.2")
+        if self.decay_fraction is not None:
+            if self.name != "wsd":
+                raise ConfigError(
+                    f"schedule.decay_fraction={self.decay_fraction} has no effect: schedule.name is {self.name}; use schedule=wsd"
+                )
+            if not 0.0 < self.decay_fraction <= 1.0:
+                raise ConfigError(f"schedule.decay_fraction={self.decay_fraction} is not in (0, 1]; use 0.2")
+        if self.final_factor is not None:
+            if self.name == "constant":
+                raise ConfigError(
+                    f"schedule.final_factor={self.final_factor} has no effect: schedule.name is constant; use schedule=cosine"
+                )
+            if not 0.0 <= self.final_factor <= 1.0:
+                raise ConfigError(f"schedule.final_factor={self.final_factor} is not in [0, 1]; use 0.1")
 
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """One step reads batch_size sequences of seq_len tokens, micro_batch of them at a time."""
+    """One step reads batch_size sequences of seq_len tokens, shared out among `processes`, micro_batch of them at a time."""
 
     steps: int = 500
     seq_len: int = 256
     batch_size: int = 16
-    micro_batch: int | None = None  # None: batch_size, no accumulation
+    micro_batch: int | None = None  # sequences of one process's forward; None: its whole share, no accumulation
     device: str = "auto"
     precision: str = "auto"  # auto: bf16 autocast on CUDA, fp32 on the CPU
     threads: int | None = None  # CPU threads; None: torch's own choice
-    compile: bool = False
+    compile: bool = False  # torch.compile of the loss; evaluation stays eager
+    activation_checkpointing: str = "none"  # full: keep only the blocks' inputs and compute the rest again
+    ema_decay: float | None = None  # averages the weights after every step; the average is then what is judged and saved
+    strategy: str = "none"  # ddp: a replica a process; fsdp: weights, gradients and optimiser state shared out
+    processes: int = 1  # on this machine, one GPU each where there are GPUs
+    spike_deviations: float = 6.0  # a loss this far above the running median is a spike
+    samples: int = 2  # texts written at the end and at every eval.every; 0: none
+    sample_tokens: int | None = None  # new tokens of each; None: 128, or fewer where seq_len ends
     log_every: int = 10  # steps
     save_every: int | None = None  # steps between checkpoints; None: only at the end
     keep_checkpoints: int = 2
@@ -109,14 +166,46 @@ class TrainerConfig:
             _positive("trainer.save_every", self.save_every)
         _choice("trainer.device", self.device, DEVICES)
         _choice("trainer.precision", self.precision, PRECISIONS)
+        _choice("trainer.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
+        if self.threads is not None:
+            _positive("trainer.threads", self.threads)
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ConfigError(f"trainer.ema_decay={self.ema_decay} is not between 0 and 1; use 0.999, or null for none")
+        _positive("trainer.spike_deviations", self.spike_deviations)
+        if self.samples < 0:
+            raise ConfigError(f"trainer.samples={self.samples} is negative; use 0 for none")
+        if self.sample_tokens is not None:
+            _positive("trainer.sample_tokens", self.sample_tokens)
+            if not self.samples:
+                raise ConfigError(f"trainer.sample_tokens={self.sample_tokens} has no effect: trainer.samples is 0; drop one")
+        self._check_processes()
         if self.micro_batch is not None:
             _positive("trainer.micro_batch", self.micro_batch)
-            if self.batch_size % self.micro_batch:
-                fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % m == 0]
-                raise ConfigError(
-                    f"trainer.batch_size={self.batch_size} is not a multiple of "
-                    f"trainer.micro_batch={self.micro_batch}; use micro_batch in {tuple(fits)}"
-                )
+            _divides("trainer.batch_size / trainer.processes", self.rows, "trainer.micro_batch", self.micro_batch)
+
+    def _check_processes(self) -> None:
+        _choice("trainer.strategy", self.strategy, STRATEGIES)
+        _positive("trainer.processes", self.processes)
+        if self.processes > 1 and self.strategy == "none":
+            raise ConfigError(
+                f"trainer.processes={self.processes} has no effect: trainer.strategy is none; use trainer.strategy=ddp or fsdp"
+            )
+        _divides("trainer.batch_size", self.batch_size, "trainer.processes", self.processes)
+        if self.compile and self.strategy == "fsdp":
+            raise ConfigError(
+                "trainer.compile=true and trainer.strategy=fsdp do not go together: the gathering of shards breaks the "
+                "graph; use trainer.strategy=ddp or trainer.compile=false"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Sequences of one process in a step."""
+        return self.batch_size // self.processes
+
+    @property
+    def forward_rows(self) -> int:
+        """Sequences of one forward."""
+        return self.micro_batch or self.rows
 
     @property
     def tokens_per_step(self) -> int:
@@ -202,6 +291,11 @@ class RunConfig:
             raise ConfigError(f"seed={self.seed} is not in 0..2**32-1; use seed=0")
         for group in (self.data, self.optim, self.schedule, self.trainer, self.tracking, self.eval):
             group.check()
+        if self.trainer.strategy != "none" and not self.isolate:
+            raise ConfigError(
+                f"trainer.strategy={self.trainer.strategy} starts processes of its own, and isolate=false asks for none; "
+                "use isolate=true or trainer.strategy=none"
+            )
 
 
 @dataclass(kw_only=True)
@@ -244,3 +338,9 @@ def _choice(name: str, given: str, choices: tuple[str, ...]) -> None:
 def _positive(name: str, given: float) -> None:
     if not given > 0:
         raise ConfigError(f"{name}={given} is not positive; use a value above 0")
+
+
+def _divides(name: str, whole: int, part_name: str, part: int) -> None:
+    if whole % part:
+        fits = tuple(n for n in range(1, whole + 1) if whole % n == 0)
+        raise ConfigError(f"{name}={whole} is not a multiple of {part_name}={part}; use {part_name} in {fits}")

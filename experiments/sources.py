@@ -20,6 +20,7 @@ from xattn.experiments.tokenise import VOCABULARIES, Tokeniser, encode_part, tok
 
 CORPORA = Path(__file__).resolve().parent / "corpora"
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_TOKEN_TYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 _OFFLINE = "without a network use data=shakespeare, or data=text with files of your own"
 
 
@@ -31,8 +32,11 @@ def vocabulary_of(data: DataConfig) -> int | None:
     """
     if data.source != "bin":
         return data.vocab_size if data.tokenizer == "bpe" else VOCABULARIES[data.tokenizer]
-    meta = read_json(Path(str(data.path)) / "meta.json") or {}
-    return meta.get("vocab_size")
+    meta = read_json(Path(str(data.path)) / "meta.json")
+    size = meta.get("vocab_size") if isinstance(meta, dict) else None
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ConfigError(f"{data.path}/meta.json: vocab_size {size!r} is no count; write how many ids there are")
+    return size
 
 
 def load_corpus(data: DataConfig) -> Corpus:
@@ -106,14 +110,17 @@ def _tokenised(data: DataConfig, name: str, train: list[bytes], val: list[bytes]
     if not any(train) or not any(val):
         raise ConfigError(f"{name} is empty; give a text with something to train and something to judge on")
     folder = _cache(data) / _key(data, train, val)
-    tokeniser = tokeniser_for(data, train, folder)
+    try:
+        tokeniser = tokeniser_for(data, train, folder)
 
-    def part(label: str, documents: list[bytes]) -> Part:
-        if data.tokenizer == "bytes":
-            return encode_part(tokeniser, documents, mask=data.document_mask)
-        return _cached(tokeniser, documents, folder / label, mask=data.document_mask)
+        def part(label: str, documents: list[bytes]) -> Part:
+            if data.tokenizer == "bytes":
+                return encode_part(tokeniser, documents, mask=data.document_mask)
+            return _cached(tokeniser, documents, folder / label, mask=data.document_mask)
 
-    parts = {"train": part("train", train), "val": part("val", val)}
+        parts = {"train": part("train", train), "val": part("val", val)}
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"the tokenised text cannot be kept in {folder} ({error.strerror}); use data.cache=FOLDER") from None
     if data.max_train_tokens is not None:
         parts["train"] = _first(parts["train"], data.max_train_tokens)
     return Corpus(
@@ -121,6 +128,7 @@ def _tokenised(data: DataConfig, name: str, train: list[bytes], val: list[bytes]
         tokenizer=tokeniser.name,
         vocabulary=tokeniser.vocabulary,
         token_bytes=tokeniser.token_bytes,
+        decode=tokeniser.decode,
         **parts,
     )
 
@@ -167,7 +175,11 @@ def _key(data: DataConfig, train: list[bytes], val: list[bytes]) -> str:
 def _token_files(data: DataConfig) -> Corpus:
     """nanoGPT's train.bin and val.bin (uint16, or what meta.json says), with meta.json {vocab_size, dtype, tokenizer}."""
     folder = Path(str(data.path))
-    meta = read_json(folder / "meta.json") or {}
+    meta = read_json(folder / "meta.json")
+    meta = meta if isinstance(meta, dict) else {}
+    # Only plain integers: of a dtype of objects, the bytes of the file would be taken for addresses.
+    if meta.get("dtype", "uint16") not in _TOKEN_TYPES:
+        raise ConfigError(f"{folder}/meta.json: dtype {meta['dtype']!r} is not known; use one of {', '.join(_TOKEN_TYPES)}")
     kind = np.dtype(meta.get("dtype", "uint16"))
     parts = {}
     for label in ("train", "val"):
@@ -175,6 +187,8 @@ def _token_files(data: DataConfig) -> Corpus:
         if not path.is_file() or path.stat().st_size < kind.itemsize:
             raise ConfigError(f"data.path={folder} has no tokens in {label}.bin; write uint16 ids there as nanoGPT does")
         parts[label] = Part(ids=np.memmap(path, dtype=kind, mode="r"))
+    if data.max_train_tokens is not None:
+        parts["train"] = _first(parts["train"], data.max_train_tokens)
     token_bytes = np.array(meta["token_bytes"]) if "token_bytes" in meta else None
     return Corpus(
         name=folder.name,

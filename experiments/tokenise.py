@@ -3,6 +3,7 @@
 Documents end in a separator token, which stands for no bytes of text: byte 0, or <|endoftext|>.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from xattn import ConfigError
 from xattn.experiments.data import Part
+from xattn.experiments.record import say
 from xattn.experiments.schema import DataConfig
 
 SEPARATOR = "<|endoftext|>"
@@ -21,13 +23,14 @@ _BPE_FILE = "tokenizer.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Tokeniser:
-    """`encode` turns one document into ids, without its separator."""
+    """`encode` turns one document into ids, without its separator; `decode` turns ids back into text."""
 
     name: str
     vocabulary: int
     separator: int
     token_bytes: np.ndarray
     encode: Callable[[bytes], np.ndarray]
+    decode: Callable[[np.ndarray], str]
 
 
 def tokeniser_for(data: DataConfig, train: Iterable[bytes], folder: Path) -> Tokeniser:
@@ -69,6 +72,7 @@ def _bytes() -> Tokeniser:
         separator=0,
         token_bytes=token_bytes,
         encode=lambda text: np.frombuffer(text, dtype=np.uint8),
+        decode=lambda ids: bytes(ids.tolist()).decode("utf-8", errors="replace"),
     )
 
 
@@ -76,13 +80,17 @@ def _bpe(data: DataConfig, train: Iterable[bytes], folder: Path) -> Tokeniser:
     tokenizers = _package("tokenizers", "data.tokenizer=bpe")
     path = folder / _BPE_FILE
     if not path.exists():
+        say(f"training a BPE of {data.vocab_size} tokens")
         built = tokenizers.ByteLevelBPETokenizer()
         texts = (text.decode("utf-8", errors="replace") for text in train)
         built.train_from_iterator(
             texts, vocab_size=data.vocab_size, min_frequency=2, special_tokens=[SEPARATOR], show_progress=False
         )
         folder.mkdir(parents=True, exist_ok=True)
-        built.save(str(path))
+        # Renamed when whole: another run may be looking for it.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        built.save(str(temporary))
+        os.replace(temporary, path)
     loaded = tokenizers.Tokenizer.from_file(str(path))
     vocabulary = loaded.get_vocab()
     # In the byte-level alphabet one character stands for one byte.
@@ -100,6 +108,7 @@ def _bpe(data: DataConfig, train: Iterable[bytes], folder: Path) -> Tokeniser:
         separator=vocabulary[SEPARATOR],
         token_bytes=token_bytes,
         encode=encode,
+        decode=lambda ids: loaded.decode(ids.tolist(), skip_special_tokens=False),
     )
 
 
@@ -121,6 +130,7 @@ def _gpt2() -> Tokeniser:
         separator=encoding.eot_token,
         token_bytes=token_bytes,
         encode=lambda text: np.array(encoding.encode_ordinary(text.decode("utf-8", errors="replace")), dtype=np.uint16),
+        decode=lambda ids: encoding.decode(ids.tolist()),
     )
 
 

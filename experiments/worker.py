@@ -16,6 +16,7 @@ import torch
 from xattn.experiments import record
 from xattn.experiments.compose import USER_ERRORS
 from xattn.experiments.configfile import load_config
+from xattn.experiments.distributed import local_rank
 from xattn.experiments.loop import Diverged, Interrupted, Trainer
 from xattn.experiments.record import say
 from xattn.experiments.schema import RunConfig
@@ -24,12 +25,17 @@ EXIT = {record.COMPLETED: 0, record.FAILED: 1, record.OOM: 1, record.INVALID: 2,
 
 
 def run(config: RunConfig, run_dir: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Train, judge and record one run; every failure becomes a recorded status. Returns the result."""
+    """Train, judge and record one run; every failure becomes a recorded status.
+
+    Returns: the result; of several ranks, those that are not the first have only a status.
+    """
     try:
         with _stop_requests() as stop:
-            result = Trainer(config, run_dir, quiet=quiet, stop=stop).run()
+            result = Trainer(config, run_dir, quiet=quiet, stop=stop).run() or {"status": record.COMPLETED}
     except Exception as error:
         status = status_of(error)
+        if config.trainer.strategy != "none" and not _speaks_first(run_dir, status):
+            return {"status": status}
         if status == record.FAILED:
             (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         expected = isinstance(error, (*USER_ERRORS, Interrupted, Diverged))
@@ -37,6 +43,15 @@ def run(config: RunConfig, run_dir: Path, *, quiet: bool = False) -> dict[str, A
         say(f"{status}: {text}")
         result = record.write_failure(run_dir, status, text, name=config.name, seed=config.seed, flags=config.model)
     return result
+
+
+def _speaks_first(run_dir: Path, status: str) -> bool:
+    """Whether this rank's end is the run's: the first recorded one is, for the others then fail for want of that rank.
+
+    Where all end alike, the first rank tells.
+    """
+    alike = status in (record.INTERRUPTED, record.INVALID)
+    return (local_rank() == 0 if alike else True) and record.read_result(run_dir)["status"] == record.UNFINISHED
 
 
 def status_of(error: BaseException) -> str:
@@ -73,7 +88,11 @@ def _stop_requests() -> Iterator[dict[str, Any]]:
 def main(argv: list[str]) -> int:
     """The worker's entry: exit 0 completed, 1 failed or out of memory, 2 invalid, 75 interrupted (run it again)."""
     run_dir = Path(argv[0])
-    result = run(load_config(run_dir / record.CONFIG), run_dir, quiet="--quiet" in argv[1:])
+    config = load_config(run_dir / record.CONFIG)
+    result = run(config, run_dir, quiet="--quiet" in argv[1:])
+    if config.trainer.strategy != "none" and result["status"] == record.INTERRUPTED:
+        # To torch.distributed.run any other status is a crash, at which it kills ranks that are still saving.
+        return 0
     return EXIT[result["status"]]
 
 

@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_the_record_promises(unbroken: Path) -> None:
     assert result["tokens_per_second"] > 0 and result["seed"] == 0
     assert {"commit", "dirty", "versions"} <= set(result)
     assert {path.name for path in unbroken.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "result.json", "explain.txt", "model",
+        "config.yaml", "metrics.jsonl", "result.json", "explain.txt", "model", "samples.txt",
     }  # fmt: skip
 
 

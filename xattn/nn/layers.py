@@ -2,7 +2,9 @@
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xattn.errors import ConfigError
 from xattn.nn.attention import Attention
@@ -48,9 +50,13 @@ class Block(nn.Module):
 
 
 class AttentionLayers(nn.Module):
-    """A stack of blocks over x (b n m), with a final norm when pre-normed. Use `Decoder` or `Encoder`."""
+    """A stack of blocks over x (b n m), with a final norm when pre-normed. Use `Decoder` or `Encoder`.
+
+    checkpoint_blocks: set it True to keep only each block's input for the backward and compute the rest again there.
+    """
 
     causal: ClassVar[bool | None] = None
+    checkpoint_blocks: bool = False
 
     def __init__(self, *, attn_backend: str = "auto", **flags: Any) -> None:
         if self.causal is None:
@@ -99,8 +105,9 @@ class AttentionLayers(nn.Module):
             layout = layout_of(b, n, x_bnm, mask=mask, doc_ids=doc_ids)
         elif mask is not None or doc_ids is not None:
             raise ConfigError("layout already says which slots hold tokens; drop mask and doc_ids, or layout")
+        again = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in self.blocks:
-            x_bnm = block(x_bnm, layout)
+            x_bnm = checkpoint(block, x_bnm, layout, use_reentrant=False) if again else block(x_bnm, layout)
         return self.final_norm(x_bnm)
 
     def backends(self) -> list[dict[str, Any]]:
