@@ -1,8 +1,11 @@
 """Data: batches are a function of (seed, step) alone, every length is judged on the same tokens, every source reads."""
 
 import gzip
+import itertools
 import json
 import lzma
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -167,8 +170,28 @@ def test_token_files_read_back_as_they_were_written(shakespeare: Corpus, tmp_pat
     (tmp_path / "bin" / "meta.json").unlink()
     with pytest.raises(ConfigError, match="model.num_tokens"):
         complete_model(RunConfig(data=data))
+    assert len(load_corpus(replace(data, max_train_tokens=100)).train) == 100
     (tmp_path / "bin" / "val.bin").unlink()
     with pytest.raises(ConfigError, match="val.bin"):
+        load_corpus(data)
+
+
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        ('{"vocab_size": 100, "dtype": "O"}', "dtype 'O' is not known; use one of uint8"),
+        ('{"vocab_size": 100, "dtype": ["<u2"]}', "is not known"),
+        ('{"vocab_size": "many"}', "vocab_size 'many' is no count"),
+        ("[1]", "model.num_tokens"),
+    ],
+)
+def test_token_files_of_a_stranger_are_integers_or_refused(tmp_path, meta: str, says: str) -> None:
+    for label in ("train", "val"):
+        np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{label}.bin")
+    (tmp_path / "meta.json").write_text(meta)
+    data = DataConfig(source="bin", path=str(tmp_path))
+    with pytest.raises(ConfigError, match=says):
+        complete_model(RunConfig(data=data))
         load_corpus(data)
 
 
@@ -187,7 +210,62 @@ def test_a_bpe_is_trained_once_and_counts_the_bytes_it_stands_for(tmp_path, shak
     assert cached == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
 
 
-def test_an_online_source_without_a_network_names_the_offline_choice(monkeypatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ConfigError, match="data=shakespeare"):
+def test_a_bpe_that_cannot_be_kept_says_where_to(tmp_path) -> None:
+    (tmp_path / "mine.txt").write_text("to be or not to be " * 200)
+    (tmp_path / "taken").write_text("a file, not a folder")
+    with pytest.raises(ConfigError, match="use data.cache=FOLDER"):
+        load_corpus(text(tmp_path / "mine.txt", tokenizer="bpe", vocab_size=300, cache=str(tmp_path / "taken")))
+
+
+def hugging_face(monkeypatch, answer) -> None:
+    """A stand-in for the package `datasets`; `answer(name, **asked)` is its load_dataset."""
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda name, config, **asked: answer(name, **asked)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_a_data_set_is_streamed_until_there_is_enough(monkeypatch) -> None:
+    taken = []
+
+    def rows(name: str, *, split: str, streaming: bool):
+        assert (name, split, streaming) == ("someone/something", "train", True)
+        for number in itertools.count():
+            taken.append(number)
+            yield {"text": f"document {number:03d}"}
+
+    hugging_face(monkeypatch, rows)
+    corpus = load_corpus(DataConfig(source="hf", path="someone/something", max_train_tokens=100))
+    assert len(corpus.train) == 100 and bytes(corpus.train.ids[:26]) == b"document 000\0document 001\0"
+    # The last document alone is held out, and a document alone needs no separator.
+    assert bytes(corpus.val.ids) == b"document %03d" % taken[-1] and len(taken) < 20
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach the Hub"), FileNotFoundError("no such data set"), None])
+def test_an_online_source_without_a_network_names_the_offline_choice(monkeypatch, error: Exception | None) -> None:
+    def refuse(name: str, **_):
+        raise error
+
+    hugging_face(monkeypatch, refuse)
+    if error is None:
+        monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="data=shakespeare") as raised:
         load_corpus(DataConfig(source="hf", path="someone/something", max_train_tokens=100))
+    assert (str(error) if error is not None else "pip install 'xattn[data]'") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (dict(val_path="x.txt"), "data.val_path=x.txt has no effect: data.source is shakespeare"),
+        (dict(hf_config="en"), "use data.source=hf"),
+        (dict(text_field="body"), "data.text_field=body has no effect"),
+        (dict(source="bin", path="x", tokenizer="bpe"), "data.tokenizer=bpe has no effect: data.source is bin"),
+        (dict(source="bin", path="x", document_mask=False), "data.document_mask=False has no effect"),
+        (dict(source="text", path="x", val_path="y", val_fraction=0.2), "data.val_path is given"),
+        (dict(vocab_size=1000), "data.vocab_size=1000 has no effect: data.tokenizer is bytes"),
+        (dict(tokenizer="bpe", vocab_size=100), "256 bytes and a separator"),
+    ],
+)
+def test_a_data_field_that_nothing_reads_is_refused(given: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        DataConfig(**given).check()
