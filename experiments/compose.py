@@ -57,8 +57,10 @@ def hydra_main(task: Callable[[Any], Any], command: str, argv: list[str]) -> Non
         try:
             return task(cfg)
         except USER_ERRORS as error:
-            _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
             refusals.append(error)
+        finally:
+            # Of a refused job, or of a report that is written elsewhere.
+            _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
     hydra.main(config_path=str(CONFIGS), config_name=command, version_base="1.3")(guarded)()
     if refusals:
@@ -66,7 +68,7 @@ def hydra_main(task: Callable[[Any], Any], command: str, argv: list[str]) -> Non
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Take back the directories that Hydra made for a job that was then refused."""
+    """Take back the directories that Hydra made for a job that then left nothing there."""
     for path in (folder, *folder.parents):
         if path == Path.cwd() or path in Path.cwd().parents:
             return

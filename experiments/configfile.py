@@ -58,7 +58,8 @@ def from_dict(cls: type[T], data: Any, *, where: str) -> T:
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """`group.field` -> (old, new) wherever two run configs differ."""
-    flat_old, flat_new = _flatten(asdict(as_run(old))), _flatten(asdict(as_run(new)))
+    # Redacted as saved: a run is told from another one by what its config.yaml can show.
+    flat_old, flat_new = (_flatten(redact(asdict(as_run(config)))) for config in (old, new))
     return {
         key: (flat_old.get(key), flat_new.get(key))
         for key in sorted(flat_old.keys() | flat_new.keys())

@@ -62,7 +62,8 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
     if not config.isolate:
         from xattn.experiments.worker import run
 
-        return run(config, run_dir, quiet=quiet)
+        # As a worker would: from the file, which holds no secret of the environment.
+        return run(load_config(run_dir / CONFIG), run_dir, quiet=quiet)
     if config.trainer.memory and not (run_dir / MEMORY).exists():
         say(f"{prefix}measuring peak memory")
         record.write_json(run_dir / MEMORY, probe_memory(run_dir))

@@ -14,7 +14,14 @@ from typing import Any
 
 COMPLETED, FAILED, OOM, KILLED = "completed", "failed", "oom", "killed"
 INVALID, INTERRUPTED, UNFINISHED = "invalid", "interrupted", "unfinished"
+FOREIGN = "foreign"
 RESULT, METRICS, CONFIG, MEMORY, LOG = "result.json", "metrics.jsonl", "config.yaml", "memory.json", "worker.log"
+
+# What readers of a completed result rely on.
+_NEEDED = {
+    "seed": int, "params": int, "tokens": int, "backends": list, "val": dict, "val_by_length": dict,
+    "val_by_position": dict, "memory": dict, "data": dict, "tokens_per_second": int | float,
+}  # fmt: skip
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -44,9 +51,14 @@ def read_json(path: Path) -> Any | None:
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """The run's result; a run that never got to write one has status `unfinished`."""
+    """The run's result; a run that never got to write one has status `unfinished`, one that xattn did not write `foreign`."""
     result = read_json(run_dir / RESULT)
-    return result if isinstance(result, dict) and "status" in result else {"status": UNFINISHED}
+    if not isinstance(result, dict) or "status" not in result:
+        return {"status": UNFINISHED}
+    strange = [key for key, kind in _NEEDED.items() if not isinstance(result.get(key), kind)]
+    if not isinstance(result["status"], str) or (result["status"] == COMPLETED and strange):
+        return {"status": FOREIGN, "error": f"xattn did not write this {RESULT}: {', '.join(strange) or 'status'} missing"}
+    return result
 
 
 def write_failure(run_dir: Path, status: str, error: str, *, name: str, seed: int, flags: dict[str, Any]) -> dict[str, Any]:
