@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -180,7 +181,10 @@ def _load_shards(path: Path, progress: Progress, *, attn_backend: str) -> Loaded
         if not all(isinstance(entry, TensorStorageMetadata) for entry in known.values()):
             raise xattn.CheckpointError(f"{path / _SHARDS} holds more than tensors; no run of xattn wrote it")
         flat = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in known.items()}
-        load_shards(flat, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            # It says that it loads in one process, which is what no_dist asks for.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load_shards(flat, storage_reader=reader, no_dist=True)
     except (OSError, pickle.UnpicklingError, CheckpointException) as error:
         raise xattn.CheckpointError(f"{path / _SHARDS} is not a readable checkpoint: {error}") from None
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimiser": {}, "ema": {}}
@@ -207,6 +211,7 @@ class _Unpickler(pickle.Unpickler):
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},
+        **dict.fromkeys(("pathlib", "pathlib._local"), {"PosixPath", "WindowsPath"}),
         "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "strided"},
     }  # fmt: skip
 

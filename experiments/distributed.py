@@ -11,7 +11,7 @@ import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from xattn.experiments.schema import TrainerConfig
 # Ranks wait for each other while the first writes a checkpoint or compiles; a lost rank is noticed by its closed socket.
 _PATIENCE = timedelta(hours=2)
 _PR_SET_PDEATHSIG = 1
+# A process group that is freed waits for its threads while it holds the interpreter's lock, which one of them may want:
+# now and then a rank would hang instead of ending. So groups and what refers to them stay until the process is gone.
+_KEPT: list[Any] = []
 
 
 class Ranks:
@@ -67,10 +70,17 @@ class Ranks:
 
         kind = next(model.parameters()).device.type
         mesh = init_device_mesh(kind, (self.world,))
+        _KEPT.extend((mesh, mesh.get_group()))
         for block in model.attn_layers.blocks:
             fully_shard(block, mesh=mesh)
         # The head's weights are used outside the model's own forward, so the outermost group stays gathered after it.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+    def settle(self, *models: Any) -> None:
+        """After a forward with no backward to follow: give back the weights that it left gathered (fsdp)."""
+        if self.strategy == "fsdp":
+            for model in models:
+                model.reshard()
 
     def replicate(self, loss: nn.Module) -> nn.Module:
         """The loss module whose backward averages gradients over ranks (ddp); itself otherwise."""
@@ -78,7 +88,9 @@ class Ranks:
             return loss
         from torch.nn.parallel import DistributedDataParallel
 
-        return DistributedDataParallel(loss, gradient_as_bucket_view=True)
+        replica = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+        _KEPT.append(replica)
+        return replica
 
     def accumulating(self, model: Any, loss: nn.Module, *, last: bool) -> AbstractContextManager:
         """Around the forward and backward of one micro-batch: gradients travel with the last one only."""
@@ -117,7 +129,15 @@ def join(trainer: TrainerConfig, device: torch.device) -> Ranks:
         )
     _die_with_parent()
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    _KEPT.append(dist.group.WORLD)
     return Ranks(rank=dist.get_rank(), world=world, strategy=trainer.strategy)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this rank at once, with nothing freed: see `_KEPT`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def local_rank() -> int:

@@ -239,6 +239,7 @@ class Trainer:
             # All ranks together: with shards, no rank has a whole model.
             row |= self._quick_eval()
             samples = self._samples()
+            self.ranks.settle(self.model, self._judged())
         if not self.ranks.first:
             return
         if len(row) > 2:

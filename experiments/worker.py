@@ -16,7 +16,7 @@ import torch
 from xattn.experiments import record
 from xattn.experiments.compose import USER_ERRORS
 from xattn.experiments.configfile import load_config
-from xattn.experiments.distributed import local_rank
+from xattn.experiments.distributed import end_process, local_rank
 from xattn.experiments.loop import Diverged, Interrupted, Trainer
 from xattn.experiments.record import say
 from xattn.experiments.schema import RunConfig
@@ -48,10 +48,10 @@ def run(config: RunConfig, run_dir: Path, *, quiet: bool = False) -> dict[str, A
 def _speaks_first(run_dir: Path, status: str) -> bool:
     """Whether this rank's end is the run's: the first recorded one is, for the others then fail for want of that rank.
 
-    Where all end alike, the first rank tells.
+    A stop ends all ranks alike, and the first rank tells.
     """
-    alike = status in (record.INTERRUPTED, record.INVALID)
-    return (local_rank() == 0 if alike else True) and record.read_result(run_dir)["status"] == record.UNFINISHED
+    ours = local_rank() == 0 or status != record.INTERRUPTED
+    return ours and record.read_result(run_dir)["status"] == record.UNFINISHED
 
 
 def status_of(error: BaseException) -> str:
@@ -90,10 +90,11 @@ def main(argv: list[str]) -> int:
     run_dir = Path(argv[0])
     config = load_config(run_dir / record.CONFIG)
     result = run(config, run_dir, quiet="--quiet" in argv[1:])
-    if config.trainer.strategy != "none" and result["status"] == record.INTERRUPTED:
-        # To torch.distributed.run any other status is a crash, at which it kills ranks that are still saving.
-        return 0
-    return EXIT[result["status"]]
+    code = EXIT[result["status"]]
+    if config.trainer.strategy != "none":
+        # To torch.distributed.run a status other than 0 is a crash, at which it kills ranks that are still saving.
+        end_process(0 if result["status"] == record.INTERRUPTED else code)
+    return code
 
 
 if __name__ == "__main__":
