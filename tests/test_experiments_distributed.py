@@ -1,6 +1,7 @@
 """Several processes train as one: the same losses, one record, checkpoints that any number of processes can go on from."""
 
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 import xattn
 from xattn import ConfigError
-from xattn.experiments import checkpoint, loop, record
+from xattn.experiments import checkpoint, loop, record, train
 from xattn.experiments.launch import launch
 from xattn.experiments.schema import EvalConfig, OptimConfig, RunConfig, TrackingConfig, TrainerConfig
 
@@ -19,11 +20,11 @@ TOLERANCE = {"adamw": 2e-5, "muon": 1e-3}
 
 
 def config(*, optim: str = "adamw", **trainer) -> RunConfig:
-    settings = dict(steps=6, seq_len=16, batch_size=8, micro_batch=2, log_every=1, memory=False, threads=1, device="cpu") | trainer
+    settings = dict(steps=6, seq_len=16, batch_size=8, micro_batch=2, log_every=1, memory=False, threads=1) | trainer
     return RunConfig(
         model=dict(FLAGS),
         optim=OptimConfig(name=optim, lr=1e-2),
-        trainer=TrainerConfig(**settings),
+        trainer=TrainerConfig(**{"device": "cpu"} | settings),
         tracking=TrackingConfig(mode="disabled"),
         eval=EvalConfig(tokens=256, length_factors=[1], every=4),
     )
@@ -97,6 +98,17 @@ def test_shards_finish_a_run_that_one_process_began(alone: dict[str, Path], tmp_
     assert (result["strategy"], result["processes"]) == ("fsdp", 2)
     assert rows(tmp_path, "train/loss") == pytest.approx(rows(alone["muon"], "train/loss"), rel=TOLERANCE["muon"])
     assert xattn.load(tmp_path / "model").state_dict().keys() == xattn.load(alone["muon"] / "model").state_dict().keys()
+
+
+def test_ranks_work_inside_a_sweep(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["+debug=fast", "trainer.steps=2", "trainer.threads=1", "trainer.device=cpu", "trainer.processes=2", "run_dir=sweep"]
+    monkeypatch.setattr(sys, "argv", ["xattn-train", "-m", *options, "trainer.strategy=none,fsdp"])
+    with pytest.raises(SystemExit) as exit_:
+        train.main()
+    results = [record.read_result(tmp_path / "sweep" / str(i)) for i in range(2)]
+    assert exit_.value.code == 1 and [r["status"] for r in results] == ["invalid", "completed"]
+    assert "trainer.strategy is none" in results[0]["error"] and results[1]["strategy"] == "fsdp"
 
 
 def test_a_strangers_shards_run_no_code(tmp_path: Path) -> None:

@@ -188,6 +188,70 @@ def test_a_half_written_checkpoint_is_never_taken(tmp_path: Path, monkeypatch) -
     assert [p.name for p in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000002", "step-00000005"]
 
 
+WRITER = """
+import os, resource, signal, sys
+from pathlib import Path
+import torch, xattn
+from xattn.experiments import checkpoint
+model = xattn.build(num_tokens=64, max_seq_len=16, dim=64, depth=1, heads=2)
+optimiser = torch.optim.AdamW(model.parameters())
+def save(step):
+    progress = checkpoint.Progress(step=step)
+    return checkpoint.save_checkpoint(Path(sys.argv[1]), model, optimiser, progress, keep=2)
+assert save(1)
+"""
+KILLED = """
+def half(state, path):
+    Path(path).write_bytes(b"half a file")
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+save(2)
+"""
+FULL = """
+# A file may not grow beyond this: safetensors' own writer meets the limit, half way through the weights.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+assert not save(2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.parametrize(("fault", "code", "left"), [(KILLED, -signal.SIGKILL, 1), (FULL, 0, 0)], ids=["killed", "full"])
+def test_a_fault_during_a_write_keeps_the_older_checkpoint_and_leaves_nothing(
+    tmp_path: Path, fault: str, code: int, left: int
+) -> None:
+    done = subprocess.run([sys.executable, "-c", WRITER + fault, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    folder = tmp_path / "checkpoints"
+    assert len(list(folder.glob(".step-*"))) == left
+    kept = checkpoint.newest_checkpoint(tmp_path)
+    loaded = checkpoint.load_checkpoint(kept, attn_backend="auto")
+    assert (kept.name, loaded.progress.step) == ("step-00000001", 1)
+    optimiser = torch.optim.AdamW(loaded.model.parameters())
+    assert checkpoint.save_checkpoint(tmp_path, loaded.model, optimiser, checkpoint.Progress(step=3), keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("poisoned", ["loss", "gradient", "weights"])
+def test_what_is_not_finite_stops_the_run_at_its_own_step(tmp_path: Path, monkeypatch, poisoned: str) -> None:
+    step = loop.Trainer._step
+
+    def poison(self, number: int):
+        loss, grad_norm, lr = step(self, number)
+        if number == 4 and poisoned == "weights":
+            next(self.model.parameters()).data[0] = torch.inf
+        elif number == 4:
+            loss, grad_norm = (loss * torch.nan, grad_norm) if poisoned == "loss" else (loss, grad_norm * torch.inf)
+        return loss, grad_norm, lr
+
+    monkeypatch.setattr(loop.Trainer, "_step", poison)
+    # Neither logged nor saved at step 5 but for the last case: what is not looked at must stop the run all the same.
+    result = launch(tiny(log_every=10, save_every=5 if poisoned == "weights" else 2), tmp_path)
+    assert result["status"] == "failed" and "step 5" in result["error"] and poisoned in result["error"]
+    kept = checkpoint.newest_checkpoint(tmp_path)
+    assert (kept.name if kept else None) == (None if poisoned == "weights" else "step-00000004")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     config = tiny(save_every=1)
     config.optim = OptimConfig(lr=1e38, grad_clip=None, weight_decay=0.0)
