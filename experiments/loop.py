@@ -27,7 +27,7 @@ from xattn.experiments.record import say
 from xattn.experiments.samples import keep_samples, write_samples
 from xattn.experiments.schema import RunConfig
 from xattn.experiments.sources import load_corpus
-from xattn.experiments.tracking import WandbMirror
+from xattn.experiments.tracking import Mirror
 from xattn.experiments.watch import Watch
 
 # The first steps pay for allocation and warm-up; they count as training time but not towards tokens a second.
@@ -69,7 +69,7 @@ class Trainer:
         config = self.config
         self.metrics = record.MetricsFile(self.run_dir, keep_until_step=self.progress.step)
         described = redact(asdict(config)) | self._facts()
-        self.mirror = WandbMirror(self.run_dir, config.tracking, name=config.name, job_type="train", config=described)
+        self.mirror = Mirror(self.run_dir, config.tracking, name=config.name, job_type="train", config=described)
         self.display = Display()
         finished = False
         try:

@@ -89,10 +89,6 @@ class Mirror:
                     del self._sinks[label]
 
 
-# The name that the training loop imports.
-WandbMirror = Mirror
-
-
 def wandb_mode(mode: str) -> str:
     """What `auto` means here: WANDB_MODE if set, online only with a key, else offline."""
     if mode != "auto":
