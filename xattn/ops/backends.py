@@ -88,7 +88,8 @@ def _reference_limits(call: Call) -> list[str]:
 
 
 def _sdpa_limits(call: Call) -> list[str]:
-    return _dense("an n x n mask", sdpa.mask_bytes(call.spec, call.layout_i, call.layout_j, call.dtype.itemsize, batch=call.batch))
+    size = sdpa.mask_bytes(call.spec, call.layout_i, call.layout_j, call.dtype.itemsize, batch=call.batch)
+    return _dense("an n x n mask", size)
 
 
 def _run_reference(*tensors: Tensor, **call: object) -> Tensor:
