@@ -92,9 +92,7 @@ def _length(axes: Any, rows: Sequence[Row]) -> bool:
                     points.append((int(length), found.mean))
             if len(points) < 2:
                 continue
-            label = row.name if extension == AS_TRAINED else f"{row.name} + {extension}"
-            style = {"color": _colour(place), "ls": DASHES[number % 4], "marker": "o", "ms": 4, "lw": 1.4}
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            axes.plot(*zip(*points, strict=True), **_line(row, place, extension, number))
             drawn = True
     if drawn:
         lengths = sorted({int(n) for row in rows for by in row.first["val_by_length"].values() for n in by})
@@ -106,6 +104,12 @@ def _length(axes: Any, rows: Sequence[Row]) -> bool:
     return drawn
 
 
+def _line(row: Row, place: int, extension: str, number: int) -> dict[str, Any]:
+    """Label and look of one row under one extension: the row has the colour, the extension the dashes."""
+    label = row.name if extension == AS_TRAINED else f"{row.name} + {extension}"
+    return {"label": label, "color": _colour(place), "ls": DASHES[number % 4], "marker": "o", "ms": 4, "lw": 1.4}
+
+
 def _position(axes: Any, rows: Sequence[Row]) -> bool:
     drawn = False
     for place, row in enumerate(rows):
@@ -114,10 +118,8 @@ def _position(axes: Any, rows: Sequence[Row]) -> bool:
                 continue
             buckets = by_length[max(by_length, key=int)]
             middles = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
-            label = row.name if extension == AS_TRAINED else f"{row.name} + {extension}"
             losses = [bucket["loss_nats"] for bucket in buckets]
-            style = {"color": _colour(place), "ls": DASHES[number % 4], "marker": "o", "ms": 3, "lw": 1.3}
-            axes.plot(middles, losses, label=label, **style)
+            axes.plot(middles, losses, **_line(row, place, extension, number))
             drawn = True
     if drawn:
         axes.set(xlabel="position in the context (tokens)", ylabel="loss (nats a token)")
