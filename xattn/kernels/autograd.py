@@ -1,0 +1,93 @@
+"""The kernels as custom operators of torch, with fake and autograd registrations: torch.compile goes through without a break."""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from xattn.kernels.launch import LOG2E, Inputs, Options, run_backward, run_forward
+
+_TENSORS = tuple(f.name for f in fields(Inputs))
+_OPTIONS = tuple(f.name for f in fields(Options))
+# inputs that have a gradient, in the order in which the backward operator returns them
+_LEARNED = ("q", "k", "v", "far_q", "ahead_q", "far_k", "sink")
+
+
+@torch.library.custom_op("xattn::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
+    sink: Tensor | None, slopes: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None, doc_i: Tensor | None,
+    doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int, sinks: int, cap: float,
+    near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs = Inputs(
+        q=q, k=k, v=v, far_q=far_q, ahead_q=ahead_q, far_k=far_k, sink=sink, slopes=slopes, pos_i=pos_i, pos_j=pos_j,
+        doc_i=doc_i, doc_j=doc_j, walk_i=walk_i, walk_j=walk_j,
+    )  # fmt: skip
+    options = Options(
+        causal=causal, window=window, sinks=sinks, cap=cap, near=near, group=group, sim_head=sim_head, scale=scale,
+        scratch_bytes=scratch_bytes,
+    )  # fmt: skip
+    return run_forward(inputs, options)
+
+
+@_attention.register_fake
+def _(q, k, v, *_):
+    b, h, n, d = q.shape
+    return q.new_empty(b, n, h, d).transpose(1, 2), q.new_empty(b, h, n, dtype=torch.float32)
+
+
+@torch.library.custom_op("xattn::attention_backward", mutates_args=())
+def _attention_backward(
+    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
+    sink: Tensor | None, slopes: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None, doc_i: Tensor | None,
+    doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int, sinks: int, cap: float,
+    near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
+) -> list[Tensor]:  # fmt: skip
+    inputs = Inputs(
+        q=q, k=k, v=v, far_q=far_q, ahead_q=ahead_q, far_k=far_k, sink=sink, slopes=slopes, pos_i=pos_i, pos_j=pos_j,
+        doc_i=doc_i, doc_j=doc_j, walk_i=walk_i, walk_j=walk_j,
+    )  # fmt: skip
+    options = Options(
+        causal=causal, window=window, sinks=sinks, cap=cap, near=near, group=group, sim_head=sim_head, scale=scale,
+        scratch_bytes=scratch_bytes,
+    )  # fmt: skip
+    grads = run_backward(inputs, options, out, lse, dout, dlse)
+    return [grads[name] for name in _LEARNED if name in grads]
+
+
+@_attention_backward.register_fake
+def _(out, lse, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, *_):
+    def like(x: Tensor) -> Tensor:
+        b, h, n, d = x.shape
+        return x.new_empty(b, n, h, d).transpose(1, 2)
+
+    grads = [like(x) for x in (q, k, v, far_q, ahead_q, far_k) if x is not None]
+    return grads if sink is None else [*grads, torch.empty_like(sink)]
+
+
+def _remember(ctx, inputs, output) -> None:
+    tensors, ctx.options = inputs[: len(_TENSORS)], inputs[len(_TENSORS) :]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx, dout, dlse):
+    *tensors, out, lse = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    # the backward counts in natural units
+    dlse = None if dlse is None else dlse * LOG2E
+    grads = _attention_backward(out, lse, dout, dlse, *tensors, *ctx.options)
+    names = [name for name, t in zip(_TENSORS, tensors, strict=True) if name in _LEARNED and t is not None]
+    found = dict(zip(names, grads, strict=True))
+    return *(found.get(name) for name in _TENSORS), *(None for _ in ctx.options)
+
+
+_attention.register_autograd(_differentiate, setup_context=_remember)
+
+
+def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """Fused attention: out (b h i d) in q's dtype, and the base-2 log-sum-exp (b h i) float32; both can be differentiated."""
+    return _attention(*(getattr(inputs, name) for name in _TENSORS), *(getattr(options, name) for name in _OPTIONS))

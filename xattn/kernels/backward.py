@@ -1,0 +1,324 @@
+"""The fused backward: a small kernel for delta, one for dK and dV, one for dQ. No atomics, so two runs agree to the bit.
+
+With A the weights and S the logits: dA = dO V^T, dS = A * (dA - delta), delta_i = dO_i . O_i, and dS goes back through
+the score stage into dQ and dK. Selective attention subtracts F from the logits of every head, so dF = -sum over heads of
+dS: the dQ kernel leaves it, one slice for each pair of heads, and the dK/dV kernel leaves the column sums of dS.
+"""
+
+import triton
+import triton.language as tl
+
+from xattn.kernels.scratch import penalty, put_by_queries
+from xattn.kernels.stages import BOTH, FAR, NEAR, allowed, logits, modify, numbers, put_rows, rows, stand
+from xattn.kernels.walk import edge, edges, keys_of, queries_of
+
+
+@triton.jit(do_not_specialize=["n"])
+def find_delta(out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr, P: tl.constexpr):
+    """delta (b h i) = dO . O, less the gradient of the log-sum-exp, which reaches the logits the same way."""
+    BI: tl.constexpr = P.block_i
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i0 = tl.program_id(0) * BI
+    row = tl.arange(0, BI)
+    out_id = rows(out_ptr + b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i, row, out_i, n.n_i - i0, True, P)
+    dout_id = rows(dout_ptr + b * dout_b + h * dout_h + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, True, P)
+    delta_i = tl.sum(out_id.to(tl.float32) * dout_id.to(tl.float32), 1)
+    at = (b * n.heads + h) * n.n_i + i0 + row
+    if HAS_DLSE:
+        delta_i -= tl.load(dlse_ptr + at, mask=row < n.n_i - i0, other=0.0)
+    tl.store(delta_ptr + at, delta_i, mask=row < n.n_i - i0)
+
+
+@triton.jit
+def _dkdv_step(
+    state, kv, j_at, queries, q_i, dout_i, i0, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """What one tile of queries adds to dK and dV, as tiles [j, i]."""
+    BI: tl.constexpr = P.block_i
+    dk, far_dk, dv = state
+    k_jd, far_k_jd, v_jd = kv
+    pos_j, doc_j, slope, kb, column_ptr, column_i = j_at
+    q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, scratch_ptr, pos_ptr, doc_ptr = queries
+    row = tl.arange(0, BI)
+    q_at = tl.cast(i0, tl.int64) * q_i
+    q_id = k_jd
+    far_q_id = k_jd
+    ahead_q_id = k_jd
+    if ZONE != FAR:
+        q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, MASK, P)
+    if ZONE != NEAR:
+        far_q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, MASK, P)
+        if P.extend == 2:
+            ahead_q_id = rows(ahead_q_ptr + q_at, row, q_i, n.n_i - i0, MASK, P)
+    pos_i, doc_i = stand(pos_ptr, doc_ptr, i0 + row, n.n_i, P)
+    pos_i, doc_i = pos_i[None, :], doc_i[None, :]
+    lse_i = numbers(lse_ptr + i0, row, n.n_i - i0, MASK, P)
+    delta_i = numbers(delta_ptr + i0, row, n.n_i - i0, MASK, P)
+
+    sim_ji = logits((q_id, far_q_id, ahead_q_id), (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, True, P)
+    sim_ji, change_ji = modify(sim_ji, pos_i, pos_j, slope, n, P)
+    if P.select:
+        sim_ji -= penalty(scratch_ptr, i0 // 64, kb, n, True, P)
+    attn_ji = tl.exp2(sim_ji - lse_i[None, :])
+    if MASK:
+        attn_ji = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), attn_ji, 0.0)
+    dout_id = rows(dout_ptr + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, MASK, P)
+    dv = tl.dot(attn_ji.to(dout_id.dtype), dout_id, dv, input_precision="ieee")
+    dsim_ji = attn_ji * (tl.dot(v_jd, tl.trans(dout_id), input_precision="ieee") - delta_i[None, :])
+    if P.select:
+        BJ: tl.constexpr = P.block_j
+        tl.store(column_ptr + tl.cast(i0 // BI, tl.int64) * column_i + tl.arange(0, BJ), tl.sum(dsim_ji, 1))
+    if P.softcap:
+        dsim_ji = dsim_ji * change_ji
+    if ZONE == NEAR:
+        dk = tl.dot(dsim_ji.to(q_id.dtype), q_id, dk, input_precision="ieee")
+    elif ZONE == FAR:
+        far_dk = tl.dot(dsim_ji.to(far_q_id.dtype), far_q_id, far_dk, input_precision="ieee")
+    else:
+        far = pos_i - pos_j >= n.near
+        near = ~far
+        if P.extend == 2:
+            ahead = pos_i - pos_j <= -n.near
+            near = near & ~ahead
+            part = tl.where(ahead, dsim_ji, 0.0).to(ahead_q_id.dtype)
+            far_dk = tl.dot(part, ahead_q_id, far_dk, input_precision="ieee")
+        dk = tl.dot(tl.where(near, dsim_ji, 0.0).to(q_id.dtype), q_id, dk, input_precision="ieee")
+        far_dk = tl.dot(tl.where(far, dsim_ji, 0.0).to(far_q_id.dtype), far_q_id, far_dk, input_precision="ieee")
+    return dk, far_dk, dv
+
+
+@triton.jit(do_not_specialize=["n", "first_block", "column_b", "column_h", "column_i"])
+def find_dkdv(
+    q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, scratch_ptr, column_ptr,
+    dk_ptr, far_dk_ptr, dv_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
+    q_b, q_h, q_i: tl.constexpr, k_b, k_g, k_j, v_b, v_g, v_j, dout_b, dout_h, dout_i: tl.constexpr, dk_b, dk_g, dk_j, scratch_b,
+    column_b, column_h, column_i, first_block, n, P: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a block of keys of one key head, over all its query heads; with selection also the columns of dS."""
+    BI: tl.constexpr = P.block_i
+    BJ: tl.constexpr = P.block_j
+    BLOCK_D: tl.constexpr = P.block_d
+    GROUP: tl.constexpr = P.group
+    groups = n.heads // GROUP
+    g = tl.program_id(0) % groups
+    b = (tl.program_id(0) // groups % n.batch).to(tl.int64)
+    block = first_block + tl.program_id(0) // (groups * n.batch)
+    j0 = block * BJ
+    row = tl.arange(0, BJ)
+    k_at = b * k_b + g * k_g + tl.cast(j0, tl.int64) * k_j
+    k_jd = rows(k_ptr + k_at, row, k_j, n.n_j - j0, True, P)
+    far_k_jd = k_jd
+    if P.extend > 0:
+        far_k_jd = rows(far_k_ptr + k_at, row, k_j, n.n_j - j0, True, P)
+    v_jd = rows(v_ptr + b * v_b + g * v_g + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, True, P)
+    kv = (k_jd, far_k_jd, v_jd)
+    pos_j, doc_j = stand(pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, j0 + row, n.n_j, P)
+    pos_j, doc_j = pos_j[:, None], doc_j[:, None]
+
+    dk = tl.zeros([BJ, BLOCK_D], tl.float32)
+    far_dk = tl.zeros([BJ, BLOCK_D], tl.float32)
+    dv = tl.zeros([BJ, BLOCK_D], tl.float32)
+    walk = queries_of(block, walk_ptr + b * walk_b, n, P)
+    _, _, _, in_lo, mid_lo, mid_hi, in_hi, _ = walk
+    EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
+    for h in range(g * GROUP, g * GROUP + GROUP):
+        q_at = b * q_b + h * q_h
+        queries = (
+            q_ptr + q_at, far_q_ptr + q_at, ahead_q_ptr + q_at, dout_ptr + b * dout_b + h * dout_h,
+            lse_ptr + (b * n.heads + h) * n.n_i, delta_ptr + (b * n.heads + h) * n.n_i, scratch_ptr + b * scratch_b,
+            pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b,
+        )  # fmt: skip
+        slope = 0.0
+        if P.alibi:
+            slope = tl.load(slope_ptr + h)
+        column = column_ptr + b * column_b + h * tl.cast(column_h, tl.int64) + (block - first_block) * BJ
+        j_at = (pos_j, doc_j, slope, j0 // 64, column, column_i)
+        for step in tl.range(0, edges(walk, BI, P), num_stages=1):
+            i0 = edge(step, walk, BI, P)
+            dk, far_dk, dv = _dkdv_step((dk, far_dk, dv), kv, j_at, queries, q_i, dout_i, i0, n, EDGE, True, P)
+        for i0 in range(in_lo, mid_lo, BI):
+            dk, far_dk, dv = _dkdv_step((dk, far_dk, dv), kv, j_at, queries, q_i, dout_i, i0, n, NEAR, False, P)
+        if P.extend == 1:
+            for i0 in range(mid_hi, in_hi, BI):
+                dk, far_dk, dv = _dkdv_step((dk, far_dk, dv), kv, j_at, queries, q_i, dout_i, i0, n, FAR, False, P)
+
+    # the logits carried log2(e), the gradient does not
+    scale = n.scale * 0.6931471805599453
+    at = b * dk_b + g * dk_g + tl.cast(j0, tl.int64) * dk_j
+    put_rows(dk_ptr + at, dk * scale, row, dk_j, n.n_j - j0, P)
+    put_rows(dv_ptr + at, dv, row, dk_j, n.n_j - j0, P)
+    if P.extend > 0:
+        put_rows(far_dk_ptr + at, far_dk * scale, row, dk_j, n.n_j - j0, P)
+
+
+@triton.jit
+def _dq_head(state, dpenalty_ij, q, dout_id, lse_i, delta_i, slope, i_at, keys, k_j, v_j, j0, penalty_ij, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr):
+    """What one tile of keys adds to dQ of one head, and to dF, as tiles [i, j]."""
+    BJ: tl.constexpr = P.block_j
+    dq, far_dq, ahead_dq = state
+    pos_i, doc_i, qb = i_at
+    k_ptr, far_k_ptr, v_ptr, pos_ptr, doc_ptr = keys
+    row = tl.arange(0, BJ)
+    k_at = tl.cast(j0, tl.int64) * k_j
+    k_jd = q[0]
+    far_k_jd = q[0]
+    if ZONE != FAR:
+        k_jd = rows(k_ptr + k_at, row, k_j, n.n_j - j0, MASK, P)
+    if ZONE != NEAR:
+        far_k_jd = rows(far_k_ptr + k_at, row, k_j, n.n_j - j0, MASK, P)
+    v_jd = rows(v_ptr + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, MASK, P)
+    pos_j, doc_j = stand(pos_ptr, doc_ptr, j0 + row, n.n_j, P)
+    pos_j, doc_j = pos_j[None, :], doc_j[None, :]
+
+    sim_ij = logits(q, (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, False, P)
+    sim_ij, change_ij = modify(sim_ij, pos_i, pos_j, slope, n, P)
+    if P.select:
+        sim_ij -= penalty_ij
+    attn_ij = tl.exp2(sim_ij - lse_i[:, None])
+    if MASK:
+        attn_ij = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), attn_ij, 0.0)
+    dsim_ij = attn_ij * (tl.dot(dout_id, tl.trans(v_jd), input_precision="ieee") - delta_i[:, None])
+    if P.select:
+        dpenalty_ij -= dsim_ij
+    if P.softcap:
+        dsim_ij = dsim_ij * change_ij
+    if ZONE == NEAR:
+        dq = tl.dot(dsim_ij.to(k_jd.dtype), k_jd, dq, input_precision="ieee")
+    elif ZONE == FAR:
+        far_dq = tl.dot(dsim_ij.to(far_k_jd.dtype), far_k_jd, far_dq, input_precision="ieee")
+    else:
+        far = pos_i - pos_j >= n.near
+        near = ~far
+        if P.extend == 2:
+            ahead = pos_i - pos_j <= -n.near
+            near = near & ~ahead
+            part = tl.where(ahead, dsim_ij, 0.0).to(far_k_jd.dtype)
+            ahead_dq = tl.dot(part, far_k_jd, ahead_dq, input_precision="ieee")
+        dq = tl.dot(tl.where(near, dsim_ij, 0.0).to(k_jd.dtype), k_jd, dq, input_precision="ieee")
+        far_dq = tl.dot(tl.where(far, dsim_ij, 0.0).to(far_k_jd.dtype), far_k_jd, far_dq, input_precision="ieee")
+    return dq, far_dq, ahead_dq, dpenalty_ij
+
+
+@triton.jit
+def _dq_step(state, other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr):
+    """One tile of keys for the program's one or two heads."""
+    BI: tl.constexpr = P.block_i
+    BJ: tl.constexpr = P.block_j
+    scratch_ptr, slice_ptr = scratch
+    dq, far_dq, ahead_dq = state
+    penalty_ij = 0.0
+    dpenalty_ij = 0.0
+    if P.select:
+        penalty_ij = penalty(scratch_ptr, i_at[2], j0 // 64, n, False, P)
+        dpenalty_ij = tl.zeros([BI, BJ], tl.float32)
+    q, dout_id, lse_i, delta_i, slope = first
+    dq, far_dq, ahead_dq, dpenalty_ij = _dq_head(
+        (dq, far_dq, ahead_dq), dpenalty_ij, q, dout_id, lse_i, delta_i, slope, i_at, first_keys, k_j, v_j, j0, penalty_ij, n,
+        ZONE, MASK, P,
+    )  # fmt: skip
+    if P.pair == 2:
+        q, dout_id, lse_i, delta_i, slope = second
+        other_dq, _, _, dpenalty_ij = _dq_head(
+            (other_dq, far_dq, ahead_dq), dpenalty_ij, q, dout_id, lse_i, delta_i, slope, i_at, second_keys, k_j, v_j, j0,
+            penalty_ij, n, ZONE, MASK, P,
+        )  # fmt: skip
+    if P.select:
+        put_by_queries(slice_ptr, dpenalty_ij, i_at[2], j0 // 64, n, MASK, P)
+    return dq, far_dq, ahead_dq, other_dq
+
+
+@triton.jit
+def _query_head(b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h, dout_i, n, P: tl.constexpr):
+    """Queries, dO and the rest of one head's block."""
+    q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
+    q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+    far_q_id = q_id
+    ahead_q_id = q_id
+    if P.extend > 0:
+        far_q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+    if P.extend == 2:
+        ahead_q_id = rows(ahead_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+    dout_id = rows(dout_ptr + b * dout_b + h * dout_h + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, True, P)
+    at = (b * n.heads + h) * n.n_i + i0
+    lse_i = numbers(lse_ptr + at, row, n.n_i - i0, True, P)
+    delta_i = numbers(delta_ptr + at, row, n.n_i - i0, True, P)
+    slope = 0.0
+    if P.alibi:
+        slope = tl.load(slope_ptr + h)
+    return (q_id, far_q_id, ahead_q_id), dout_id, lse_i, delta_i, slope
+
+
+@triton.jit(do_not_specialize=["n", "first_block"])
+def find_dq(
+    q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, scratch_ptr, slices_ptr,
+    dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
+    q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, dout_b, dout_h, dout_i, dq_b, dq_h, dq_i, scratch_b, slice_stride,
+    first_block, n, P: tl.constexpr,
+):  # fmt: skip
+    """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dF."""
+    BI: tl.constexpr = P.block_i
+    BJ: tl.constexpr = P.block_j
+    BLOCK_D: tl.constexpr = P.block_d
+    GROUP: tl.constexpr = P.group
+    PAIR: tl.constexpr = P.pair
+    pairs = n.heads // PAIR
+    pair = tl.program_id(0) % pairs
+    b = (tl.program_id(0) // pairs % n.batch).to(tl.int64)
+    block = first_block + tl.num_programs(0) // (pairs * n.batch) - 1 - tl.program_id(0) // (pairs * n.batch)
+    h = pair * PAIR
+    i0 = block * BI
+    row = tl.arange(0, BI)
+    first = _query_head(
+        b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h,
+        dout_i, n, P,
+    )  # fmt: skip
+    second = first
+    if PAIR == 2:
+        second = _query_head(
+            b, h + 1, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b,
+            dout_h, dout_i, n, P,
+        )  # fmt: skip
+    pos_ptr, doc_ptr = pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b
+    k_at = b * k_b + h // GROUP * k_g
+    first_keys = (k_ptr + k_at, far_k_ptr + k_at, v_ptr + b * v_b + h // GROUP * v_g, pos_ptr, doc_ptr)
+    k_at = b * k_b + (h + PAIR - 1) // GROUP * k_g
+    second_keys = (k_ptr + k_at, far_k_ptr + k_at, v_ptr + b * v_b + (h + PAIR - 1) // GROUP * v_g, pos_ptr, doc_ptr)
+    scratch = (scratch_ptr + b * scratch_b, slices_ptr + tl.cast(pair, tl.int64) * slice_stride + b * scratch_b)
+    pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i0 + row, n.n_i, P)
+    i_at = (pos_i[:, None], doc_i[:, None], i0 // 64)
+
+    dq = tl.zeros([BI, BLOCK_D], tl.float32)
+    far_dq = tl.zeros([BI, BLOCK_D], tl.float32)
+    ahead_dq = tl.zeros([BI, BLOCK_D], tl.float32)
+    other_dq = tl.zeros([BI, BLOCK_D], tl.float32)
+    walk = keys_of(block, walk_ptr + b * walk_b, n, P)
+    _, _, _, in_lo, mid_lo, mid_hi, in_hi, _ = walk
+    EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
+    for step in tl.range(0, edges(walk, BJ, P), num_stages=1):
+        j0 = edge(step, walk, BJ, P)
+        dq, far_dq, ahead_dq, other_dq = _dq_step(
+            (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
+            EDGE, True, P,
+        )  # fmt: skip
+    if P.extend == 1:
+        for j0 in range(in_lo, mid_lo, BJ):
+            dq, far_dq, ahead_dq, other_dq = _dq_step(
+                (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
+                FAR, False, P,
+            )  # fmt: skip
+        in_lo = mid_hi
+    for j0 in range(in_lo, in_hi, BJ):
+        dq, far_dq, ahead_dq, other_dq = _dq_step(
+            (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
+            NEAR, False, P,
+        )  # fmt: skip
+
+    scale = n.scale * 0.6931471805599453
+    at = b * dq_b + h * dq_h + tl.cast(i0, tl.int64) * dq_i
+    put_rows(dq_ptr + at, dq * scale, row, dq_i, n.n_i - i0, P)
+    if PAIR == 2:
+        put_rows(dq_ptr + at + dq_h, other_dq * scale, row, dq_i, n.n_i - i0, P)
+    if P.extend > 0:
+        put_rows(far_dq_ptr + at, far_dq * scale, row, dq_i, n.n_i - i0, P)
+    if P.extend == 2:
+        put_rows(ahead_dq_ptr + at, ahead_dq * scale, row, dq_i, n.n_i - i0, P)

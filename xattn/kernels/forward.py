@@ -1,0 +1,101 @@
+"""The fused forward: one program is a block of queries of one head, walking over the keys it sees.
+
+Letters: g the key head that query head h shares.
+"""
+
+import triton
+import triton.language as tl
+
+from xattn.kernels.scratch import penalty
+from xattn.kernels.stages import BOTH, FAR, LOG2E, NEAR, allowed, logits, modify, normalise, put_rows, rows, stand, weigh
+from xattn.kernels.walk import edge, edges, keys_of
+
+
+@triton.jit
+def _step(state, q, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr):
+    """The five stages over one tile of keys."""
+    BJ: tl.constexpr = P.block_j
+    acc_id, total_i, top_i = state
+    pos_i, doc_i, slope, qb = i_at
+    k_ptr, far_k_ptr, v_ptr, scratch_ptr, pos_ptr, doc_ptr = keys
+    row = tl.arange(0, BJ)
+    k_at = tl.cast(j0, tl.int64) * k_j
+    k_jd = q[0]
+    far_k_jd = q[0]
+    if ZONE != FAR:
+        k_jd = rows(k_ptr + k_at, row, k_j, n.n_j - j0, MASK, P)
+    if ZONE != NEAR:
+        far_k_jd = rows(far_k_ptr + k_at, row, k_j, n.n_j - j0, MASK, P)
+    pos_j, doc_j = stand(pos_ptr, doc_ptr, j0 + row, n.n_j, P)
+    pos_j, doc_j = pos_j[None, :], doc_j[None, :]
+
+    sim_ij = logits(q, (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, False, P)
+    sim_ij, _ = modify(sim_ij, pos_i, pos_j, slope, n, P)
+    if P.select:
+        sim_ij -= penalty(scratch_ptr, qb, j0 // 64, n, False, P)
+    if MASK:
+        sim_ij = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), sim_ij, float("-inf"))
+    v_jd = rows(v_ptr + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, MASK, P)
+    return weigh(acc_id, total_i, top_i, sim_ij, v_jd, MASK)
+
+
+@triton.jit(do_not_specialize=["n", "first_block"])
+def forward(
+    q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, scratch_ptr,
+    pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i: tl.constexpr, k_b, k_g,
+    k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, out_b, out_h, out_i, scratch_b, first_block, n, P: tl.constexpr,
+):  # fmt: skip
+    """Output and base-2 log-sum-exp (b h i) of the blocks of queries from first_block on; the last, heaviest, first."""
+    BI: tl.constexpr = P.block_i
+    BJ: tl.constexpr = P.block_j
+    BLOCK_D: tl.constexpr = P.block_d
+    GROUP: tl.constexpr = P.group
+    # heads fastest: they share F in the L2 cache
+    programs = n.heads * n.batch
+    h = tl.program_id(0) % n.heads
+    b = (tl.program_id(0) // n.heads % n.batch).to(tl.int64)
+    block = first_block + tl.num_programs(0) // programs - 1 - tl.program_id(0) // programs
+    i0 = block * BI
+    row = tl.arange(0, BI)
+    q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
+    q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+    far_q_id = q_id
+    ahead_q_id = q_id
+    if P.extend > 0:
+        far_q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+    if P.extend == 2:
+        ahead_q_id = rows(ahead_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+    q = (q_id, far_q_id, ahead_q_id)
+    k_at = b * k_b + h // GROUP * k_g
+    keys = (
+        k_ptr + k_at, far_k_ptr + k_at, v_ptr + b * v_b + h // GROUP * v_g, scratch_ptr + b * scratch_b,
+        pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b,
+    )  # fmt: skip
+    pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i0 + row, n.n_i, P)
+    slope = 0.0
+    if P.alibi:
+        slope = tl.load(slope_ptr + h)
+    i_at = (pos_i[:, None], doc_i[:, None], slope, i0 // 64)
+
+    acc = tl.zeros([BI, BLOCK_D], tl.float32)
+    total = tl.zeros([BI], tl.float32)
+    top = tl.full([BI], float("-inf"), tl.float32)
+    walk = keys_of(block, walk_ptr + b * walk_b, n, P)
+    _, _, _, in_lo, mid_lo, mid_hi, in_hi, _ = walk
+    EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
+    for step in tl.range(0, edges(walk, BJ, P), num_stages=1):
+        j0 = edge(step, walk, BJ, P)
+        acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, True, P)
+    if P.extend == 1:
+        for j0 in range(in_lo, mid_lo, BJ):
+            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, FAR, False, P)
+        in_lo = mid_hi
+    for j0 in range(in_lo, in_hi, BJ):
+        acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, NEAR, False, P)
+
+    sink = 0.0
+    if P.sink_logits:
+        sink = tl.load(sink_ptr + h).to(tl.float32) * LOG2E
+    out_id, lse_i = normalise(acc, total, top, sink, P)
+    put_rows(out_ptr + b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i, out_id, row, out_i, n.n_i - i0, P)
+    tl.store(lse_ptr + (b * n.heads + h) * n.n_i + i0 + row, lse_i, mask=row < n.n_i - i0)

@@ -1,0 +1,361 @@
+"""Launching the kernels: grids, strides, and the scratch of selection, which is cut into chunks that fit its cap.
+
+Letters: c columns of the scratch (keys of a chunk), t segments of queries.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from xattn.kernels import backward, forward, selection
+from xattn.kernels.call import Numbers, Parts
+from xattn.kernels.scratch import SPARE, rows_before
+from xattn.kernels.selection import SEGMENT
+from xattn.kernels.tiles import Tile, pair, tile
+
+LOG2E = 1.4426950408889634
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@dataclass(kw_only=True)
+class Inputs:
+    """The tensors of a call; those that its parts do not need are None.
+
+    q (b h i d), k, v (b g j d), rotated; far_q, ahead_q, far_k: rotated to Self-Extend's grouped positions. sink (h),
+    slopes (h) float32. pos, doc (b n) int32 with walks from `walk.table`, all or none. b may be 1 in them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    far_q: Tensor | None = None
+    ahead_q: Tensor | None = None
+    far_k: Tensor | None = None
+    sink: Tensor | None = None
+    slopes: Tensor | None = None
+    pos_i: Tensor | None = None
+    pos_j: Tensor | None = None
+    doc_i: Tensor | None = None
+    doc_j: Tensor | None = None
+    walk_i: Tensor | None = None
+    walk_j: Tensor | None = None
+
+    def ready(self) -> "Inputs":
+        """The same with last axes contiguous, and copies that stride like their originals."""
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.q, self.k, self.v))
+        if any(x is not None and x.stride() != q.stride() for x in (self.far_q, self.ahead_q)):
+            q, far_q, ahead_q = (None if x is None else x.contiguous() for x in (q, self.far_q, self.ahead_q))
+        else:
+            far_q, ahead_q = self.far_q, self.ahead_q
+        far_k = self.far_k
+        if far_k is not None and far_k.stride() != k.stride():
+            k, far_k = k.contiguous(), far_k.contiguous()
+        return replace(self, q=q, k=k, v=v, far_q=far_q, ahead_q=ahead_q, far_k=far_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The numbers of a call: 0 (or sim_head -1) where a part is absent. cap and scale are natural, not log2."""
+
+    causal: bool
+    window: int
+    sinks: int
+    cap: float
+    near: int
+    group: int
+    sim_head: int
+    scale: float
+    scratch_bytes: int
+
+
+def _parts(x: Inputs, o: Options) -> Parts:
+    d = x.q.shape[-1]
+    return Parts(
+        causal=o.causal, window=o.window > 0, sinks=o.sinks > 0, stored=x.pos_i is not None, docs=x.doc_i is not None,
+        softcap=o.cap > 0, alibi=x.slopes is not None, extend=0 if o.near == 0 else 1 if o.causal else 2,
+        select=o.sim_head >= 0, band=o.sim_head >= 0 and o.window > 0 and o.sinks == 0, sink_logits=x.sink is not None,
+        group=x.q.shape[1] // x.k.shape[1], d=d, block_d=max(16, triton.next_power_of_2(d)),
+        exact=x.q.dtype == torch.float32 or INTERPRETED, even=x.q.shape[2] % 128 == 0 and x.k.shape[2] % 128 == 0,
+    )  # fmt: skip
+
+
+def _numbers(x: Inputs, o: Options) -> Numbers:
+    n_i, n_j = x.q.shape[2], x.k.shape[2]
+    window = min(o.window, max(n_i, n_j)) if x.pos_i is None else o.window
+    blocks = -(-n_i // 128) * 2
+    return Numbers(
+        batch=x.q.shape[0], heads=x.q.shape[1], n_i=n_i, n_j=n_j, window=window, sinks=o.sinks, near=o.near, group=max(o.group, 1),
+        scale=o.scale * LOG2E, cap=o.cap * LOG2E, blocks=blocks, width=min(-(-(window - 1) // 64) + 1, blocks) if o.window else 0,
+    )  # fmt: skip
+
+
+class _Call:
+    """What every launch of one call shares."""
+
+    def __init__(self, inputs: Inputs, options: Options) -> None:
+        self.x, self.o = inputs.ready(), options
+        self.parts, self.n = _parts(self.x, options), _numbers(self.x, options)
+        x, q = self.x, self.x.q
+        self.size = {
+            "block_d": self.parts.block_d, "itemsize": q.element_size(), "select": self.parts.select,
+            "extend": self.parts.extend > 0,
+        }  # fmt: skip
+
+        def at(t: Tensor | None) -> Tensor:
+            # a kernel that does not need a tensor never looks at it
+            return q if t is None else t
+
+        def row(t: Tensor | None) -> int:
+            return 0 if t is None or t.shape[0] == 1 else t.stride(0)
+
+        self.far = (at(x.far_q), at(x.ahead_q), at(x.far_k))
+        self.slopes, self.sink = at(x.slopes), at(x.sink)
+        self.places = (at(x.pos_i), at(x.pos_j), at(x.doc_i), at(x.doc_j))
+        self.by_query = (*self.places, at(x.walk_i), row(x.pos_i), row(x.pos_j), row(x.walk_i))
+        self.by_key = (*self.places, at(x.walk_j), row(x.pos_i), row(x.pos_j), row(x.walk_j))
+
+    def tile(self, kernel: str) -> tuple[Tile, Parts, dict[str, int]]:
+        """A kernel's tile, its structure, and how it is launched."""
+        t = tile(kernel, window=self.parts.window, **self.size)
+        parts = self.parts._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps)
+        return t, parts, {"num_warps": t.warps, "num_stages": t.stages}
+
+    @property
+    def selecting(self) -> tuple[Tensor, ...]:
+        """q, k, far_q, far_k of the selecting head, and the slopes."""
+        h = self.o.sim_head
+        g = h // self.parts.group
+        far_q, _, far_k = self.far
+        return self.x.q[:, h], self.x.k[:, g], far_q[:, h], far_k[:, min(g, far_k.shape[1] - 1)], self.slopes
+
+    @property
+    def selecting_strides(self) -> tuple[int, ...]:
+        """q_b, q_i, k_b, k_j."""
+        return self.x.q.stride(0), self.x.q.stride(2), self.x.k.stride(0), self.x.k.stride(2)
+
+    # Selection
+
+    @property
+    def segments(self) -> int:
+        """Segments of queries."""
+        return -(-self.n.blocks // SEGMENT)
+
+    def tiles_before(self, y: int, *, by_keys: bool) -> int:
+        """Tiles of scratch in rows (or columns) before y."""
+        width = self.n.width if self.parts.band else 0
+        return rows_before(min(y, self.n.blocks), self.n.blocks, width, by_keys=by_keys)
+
+    def chunks(self, tile_bytes: int, *, by_keys: bool) -> list[tuple[int, int]]:
+        """Rows (or columns) of tiles, cut at segments so that a chunk's scratch fits the cap; one segment at least."""
+        total = self.tiles_before(self.n.blocks, by_keys=by_keys) * tile_bytes * self.n.batch
+        # even chunks: the last of a greedy cut would fill few processors
+        limit = total / -(-total // self.o.scratch_bytes)
+        cuts, done = [0], 0
+        for y in range(SEGMENT, self.n.blocks, SEGMENT):
+            ahead = self.tiles_before(y + SEGMENT, by_keys=by_keys) * tile_bytes * self.n.batch
+            if ahead - done > limit * 1.01:
+                cuts.append(y)
+                done = self.tiles_before(y, by_keys=by_keys) * tile_bytes * self.n.batch
+        return list(zip(cuts, [*cuts[1:], self.n.blocks], strict=True))
+
+    def scratch(self, first: int, last: int, *, by_keys: bool, dtype: torch.dtype, slices: int = 1) -> Tensor:
+        """Uninitialised tiles (slices, b, numbers) of the rows from first to last."""
+        tiles = self.tiles_before(last, by_keys=by_keys) - self.tiles_before(first, by_keys=by_keys)
+        return torch.empty(slices, self.n.batch, (tiles + 2 * SPARE) * 4096, device=self.x.q.device, dtype=dtype)
+
+    @property
+    def penalty_dtype(self) -> torch.dtype:
+        """float16 is exact enough for F beside 16-bit inputs; it is never summed in it."""
+        return torch.float32 if self.x.q.dtype == torch.float32 else torch.float16
+
+    def carries(self) -> Tensor:
+        """F of every key at the first query of each segment: (b segments c) float32."""
+        n, columns = self.n, self.n.blocks * 64
+        part = torch.empty(n.batch, self.segments + 1, columns, device=self.x.q.device, dtype=torch.float32)
+        part[:, 0].zero_()
+        selection.count_votes[(n.blocks, self.segments, n.batch)](
+            *self.selecting, part[:, 1:], *self.by_key, *self.selecting_strides, part.stride(0), part.stride(1), self.o.sim_head,
+            n, SEG=SEGMENT, P=self.parts, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        return part.cumsum(dim=1)
+
+    def fill(self, carry: Tensor, first: int, last: int, *, by_keys: bool) -> Tensor:
+        """F in the scratch, for rows of tiles from first to last (columns when by_keys)."""
+        scratch = self.scratch(first, last, by_keys=by_keys, dtype=self.penalty_dtype)
+        # rows see keys up to their own; columns are seen by queries from their own on
+        first_segment = first // SEGMENT
+        last_segment = self.segments if by_keys else -(-last // SEGMENT)
+        grid = (last - first if by_keys else last, last_segment - first_segment, self.n.batch)
+        selection.fill[grid](
+            *self.selecting, carry, scratch, *self.by_key, *self.selecting_strides, carry.stride(0), carry.stride(1),
+            scratch.stride(1), first if by_keys else 0, first_segment, self.n.blocks if by_keys else last, self.o.sim_head,
+            self.n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        return scratch
+
+
+def _heads_last(b: int, h: int, n: int, d: int, like: Tensor) -> Tensor:
+    """(b h n d) stored as b n h d, so that merging heads copies nothing."""
+    return torch.empty(b, n, h, d, device=like.device, dtype=like.dtype).transpose(1, 2)
+
+
+def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """out (b h i d) and base-2 log-sum-exp (b h i) float32."""
+    call = _Call(inputs, options)
+    x, n = call.x, call.n
+    b, h, n_i, d = x.q.shape
+    out = _heads_last(b, h, n_i, d, x.q)
+    lse = torch.empty(b, h, n_i, device=x.q.device, dtype=torch.float32)
+    t, parts, how = call.tile("forward")
+    if parts.select:
+        carry = call.carries()
+        chunks = call.chunks(4096 * call.penalty_dtype.itemsize, by_keys=False)
+    else:
+        chunks = [(0, n.blocks)]
+    for first, last in chunks:
+        scratch = call.fill(carry, first, last, by_keys=False) if parts.select else x.q
+        blocks = -(-(min(last * 64, n_i) - first * 64) // t.block_i)
+        if blocks <= 0:
+            continue
+        forward.forward[(blocks * b * h,)](
+            x.q, x.k, x.v, *call.far, out, lse, call.sink, call.slopes, scratch, *call.by_query, *x.q.stride()[:3],
+            *x.k.stride()[:3], *x.v.stride()[:3], *out.stride()[:3], scratch.stride(1) if parts.select else 0,
+            first * 64 // t.block_i, n._replace(first=first), P=parts, **how,
+        )  # fmt: skip
+    return out, lse
+
+
+def run_backward(
+    inputs: Inputs, options: Options, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> dict[str, Tensor]:
+    """Gradients of q, k, v, far_q, ahead_q, far_k and sink, those that exist; dlse (b h i) is the log-sum-exp's gradient."""
+    call = _Call(inputs, options)
+    x, n, parts = call.x, call.n, call.parts
+    b, h, n_i, d = x.q.shape
+    g, n_j = x.k.shape[1:3]
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    delta = torch.empty_like(lse)
+    backward.find_delta[(-(-n_i // 64), h, b)](
+        out, dout, delta if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], n,
+        HAS_DLSE=dlse is not None, P=parts, num_warps=4,
+    )  # fmt: skip
+    grads = {"q": _heads_last(b, h, n_i, d, x.q), "k": _heads_last(b, g, n_j, d, x.k), "v": _heads_last(b, g, n_j, d, x.v)}
+    grads |= {name: _heads_last(b, h, n_i, d, x.q) for name in ("far_q", "ahead_q") if getattr(x, name) is not None}
+    grads |= {"far_k": _heads_last(b, g, n_j, d, x.k)} if x.far_k is not None else {}
+    if parts.select:
+        carry = call.carries()
+        suffix = torch.empty(b, call.segments, n.blocks * 64, device=x.q.device, dtype=torch.float32)
+        for first, last in call.chunks(4096 * call.penalty_dtype.itemsize, by_keys=True):
+            scratch = call.fill(carry, first, last, by_keys=True)
+            columns = _dkdv(call, grads, scratch, first, last, lse, delta, dout)
+            suffix[:, :, first * 64 : last * 64] = columns
+        _dq_and_selection(call, grads, carry, suffix, lse, delta, dout)
+    else:
+        _dkdv(call, grads, x.q, 0, n.blocks, lse, delta, dout)
+        _dq(call, grads, x.q, x.q, 0, n.blocks, lse, delta, dout)
+    if x.sink is not None:
+        sink_bhi = torch.exp2(x.sink.float()[:, None] * LOG2E - lse)
+        # a row that saw nothing is 0 whatever the sink
+        grads["sink"] = -(sink_bhi * delta).sum(dim=(0, 2)).to(x.sink.dtype)
+    return grads
+
+
+def _dkdv(
+    call: _Call, grads: dict[str, Tensor], scratch: Tensor, first: int, last: int, lse: Tensor, delta: Tensor, dout: Tensor
+) -> Tensor | None:
+    """dK, dV of the keys of blocks first to last; with selection, the sums of dF over the segments after each (b t c)."""
+    x, n = call.x, call.n
+    t, parts, how = call.tile("dkdv")
+    b, h, columns = n.batch, n.heads, (last - first) * 64
+    column = delta
+    strides = (0, 0, 0)
+    if parts.select:
+        per_segment = SEGMENT * 64 // t.block_i
+        column = torch.zeros(b, h, call.segments * per_segment, columns, device=x.q.device, dtype=torch.float32)
+        strides = column.stride()[:3]
+    blocks = -(-(min(last * 64, n.n_j) - first * 64) // t.block_j) if parts.select else -(-n.n_j // t.block_j)
+    dk, dv = grads["k"], grads["v"]
+    backward.find_dkdv[(max(blocks, 0) * b * x.k.shape[1],)](
+        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, column, dk, grads.get("far_k", dk), dv, *call.by_key,
+        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3],
+        scratch.stride(1) if parts.select else 0, *strides, first * 64 // t.block_j, n._replace(first=first), P=parts, **how,
+    )  # fmt: skip
+    if not parts.select:
+        return None
+    sums = column.unflatten(2, (call.segments, -1)).sum(dim=(1, 3))
+    after = sums.flip(1).cumsum(dim=1).flip(1)
+    # dF is minus dS; a segment starts from the segments after it
+    return torch.cat([after[:, 1:], torch.zeros_like(after[:, :1])], dim=1).neg_()
+
+
+def _dq(
+    call: _Call, grads: dict[str, Tensor], scratch: Tensor, slices: Tensor, first: int, last: int, lse: Tensor, delta: Tensor,
+    dout: Tensor,
+) -> None:  # fmt: skip
+    x, n = call.x, call.n
+    t, parts, how = call.tile("dq")
+    parts = parts._replace(pair=_pair(call))
+    blocks = -(-(min(last * 64, n.n_i) - first * 64) // t.block_i)
+    dq = grads["q"]
+    selected = (scratch.stride(1), slices.stride(0)) if parts.select else (0, 0)
+    backward.find_dq[(max(blocks, 0) * n.batch * (n.heads // parts.pair),)](
+        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, slices, dq, grads.get("far_q", dq),
+        grads.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
+        *dout.stride()[:3], *dq.stride()[:3], *selected, first * 64 // t.block_i, n._replace(first=first), P=parts, **how,
+    )  # fmt: skip
+
+
+def _pair(call: _Call) -> int:
+    return pair(
+        block_d=call.parts.block_d, itemsize=call.x.q.element_size(), heads=call.n.heads, select=call.parts.select,
+        extend=call.parts.extend > 0,
+    )  # fmt: skip
+
+
+def _dq_and_selection(
+    call: _Call, grads: dict[str, Tensor], carry: Tensor, suffix: Tensor, lse: Tensor, delta: Tensor, dout: Tensor
+) -> None:
+    """dQ by chunks of queries, with the slices of dF, and from them what the selecting head gets."""
+    x, n, parts = call.x, call.n, call.parts
+    s = call.o.sim_head
+    slices_count = n.heads // _pair(call)
+    chunks = call.chunks(4096 * (call.penalty_dtype.itemsize + slices_count * x.q.element_size()), by_keys=False)
+    key_grads = {name: grads[name][:, s // parts.group] for name in ("k", "far_k") if name in grads}
+    if len(chunks) > 1:
+        # what several chunks add to is float32
+        sums = {name: torch.zeros(t.shape, device=t.device, dtype=torch.float32) for name, t in key_grads.items()}
+    else:
+        sums = key_grads
+    dk, dq = sums["k"], grads["q"][:, s]
+    far_dk, far_dq = sums.get("far_k", dk), grads["far_q"][:, s] if "far_q" in grads else dq
+    head_q, head_k, head_far_q, head_far_k, slopes = call.selecting
+    q_b, q_i, k_b, k_j = call.selecting_strides
+    for first, last in chunks:
+        scratch = call.fill(carry, first, last, by_keys=False)
+        slices = call.scratch(first, last, by_keys=False, dtype=x.q.dtype, slices=slices_count)
+        _dq(call, grads, scratch, slices, first, last, lse, delta, dout)
+        # F has done its work: dz takes its place
+        dz = scratch.view(x.q.dtype)
+        numbers = n._replace(first=first)
+        first_segment, last_segment = first // SEGMENT, -(-last // SEGMENT)
+        selection.spread[(last, last_segment - first_segment, n.batch)](
+            head_q, head_k, head_far_q, head_far_k, slopes, suffix, slices, dz, *call.by_key, q_b, q_i, k_b, k_j, suffix.stride(0),
+            suffix.stride(1), scratch.stride(1), slices.stride(0), first_segment, last, s, numbers, SEG=SEGMENT,
+            P=parts._replace(slices=slices_count), num_warps=4, num_stages=3,
+        )  # fmt: skip
+        rows = min(last, -(-n.n_i // 64)) - first
+        if rows <= 0:
+            continue
+        selection.add_dq[(rows, n.batch)](
+            head_k, head_far_k, dz, dq, far_dq, *call.by_query, k_b, k_j, dq.stride(0), dq.stride(1), scratch.stride(1), first,
+            numbers, P=parts, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        selection.add_dk[(min(last, -(-n.n_j // 64)), n.batch)](
+            head_q, head_far_q, dz, dk, far_dk, *call.by_key, q_b, q_i, dk.stride(0), dk.stride(1), scratch.stride(1), first, last,
+            numbers, P=parts, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    if len(chunks) > 1:
+        for name, t in key_grads.items():
+            t += sums[name].to(t.dtype)

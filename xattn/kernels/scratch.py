@@ -1,0 +1,110 @@
+"""Scratch of selective attention: F and its gradient in 64 x 64 tiles, stored in the order of a Hopper accumulator's registers.
+
+A tile's 4096 numbers lie as 128 threads hold them, 8 contiguous ones a thread, so that a one-dimensional load and a
+reshape land in the layout that the matrix unit leaves its sums in: no trip through shared memory. The arithmetic is right
+on any machine; only its speed depends on the layouts meeting.
+
+Only tiles at or below the diagonal exist, and with a window only those in its band. They lie row after row of queries, or
+column after column of keys; one spare tile in front and one behind take what masked corners touch.
+
+Letters: y rows of tiles (of queries, or of keys when BY_KEYS), x tiles across.
+"""
+
+import triton
+import triton.language as tl
+
+TILE = 64
+SPARE = 1
+
+
+@triton.jit
+def slot(qb, kb, n, BY_KEYS: tl.constexpr, P: tl.constexpr):
+    """Which tile of the scratch holds block qb of queries and kb of keys; n.first: the first row (or column) in it."""
+    if BY_KEYS:
+        if P.band:
+            at = (kb - n.first) * n.width + qb - kb
+        else:
+            at = kb * n.blocks - kb * (kb - 1) // 2 - n.first * n.blocks + n.first * (n.first - 1) // 2 + qb - kb
+    elif P.band:
+        at = (qb - n.first) * n.width + kb - qb + n.width - 1
+    else:
+        at = qb * (qb + 1) // 2 - n.first * (n.first + 1) // 2 + kb
+    return tl.cast(at + 1, tl.int64)
+
+
+def rows_before(y: int, blocks: int, width: int, *, by_keys: bool) -> int:
+    """Tiles in the rows (or columns) before y, counted from the start; width 0: no band."""
+    if width:
+        return y * width
+    return y * blocks - y * (y - 1) // 2 if by_keys else y * (y + 1) // 2
+
+
+@triton.jit
+def _place(i, M: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
+    """Which 64 x 64 tile (down, across) the i-th register of a packed M x N block belongs to, and its place in there."""
+    piece = i // 1024
+    if WARPS == 8 and M == 128:
+        down = piece % 2
+        quarter = (piece // 2) % 4
+        across = piece // 8
+    else:
+        quarter = piece % 4
+        across = (piece // 4) % (N // 64)
+        down = piece // (4 * (N // 64))
+    return down, across, quarter * 1024 + i % 1024
+
+
+@triton.jit
+def unpack(x, M: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
+    """Registers in storage order -> a block (M N)."""
+    if WARPS == 8 and M == 128:
+        y = tl.permute(tl.reshape(x, [N // 64, 4, M // 64, 4, 8, 4, 2, 2, 2]), (2, 3, 7, 4, 0, 1, 6, 5, 8))
+    else:
+        y = tl.permute(tl.reshape(x, [M // 64, N // 64, 4, 4, 8, 4, 2, 2, 2]), (0, 3, 7, 4, 1, 2, 6, 5, 8))
+    return tl.reshape(y, [M, N])
+
+
+@triton.jit
+def pack(x, M: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
+    """A block (M N) -> registers in storage order."""
+    y = tl.reshape(x, [M // 64, 4, 2, 8, N // 64, 4, 2, 4, 2])
+    if WARPS == 8 and M == 128:
+        y = tl.permute(y, (4, 5, 0, 1, 3, 7, 6, 2, 8))
+    else:
+        y = tl.permute(y, (0, 4, 5, 1, 3, 7, 6, 2, 8))
+    return tl.reshape(y, [M * N])
+
+
+@triton.jit
+def penalty(ptr, qb, kb, n, BY_KEYS: tl.constexpr, P: tl.constexpr):
+    """F of a block whose upper left tile is (qb, kb): (queries keys), or (keys queries) when BY_KEYS; float32."""
+    W: tl.constexpr = P.warps
+    M: tl.constexpr = P.block_j if BY_KEYS else P.block_i
+    N: tl.constexpr = P.block_i if BY_KEYS else P.block_j
+    down, across, inside = _place(tl.arange(0, M * N), M, N, W)
+    base = slot(qb, kb, n, BY_KEYS, P)
+    if BY_KEYS:
+        below = slot(qb, kb + 1, n, BY_KEYS, P) - base
+    else:
+        below = slot(qb + 1, kb, n, BY_KEYS, P) - base
+    return unpack(tl.load(ptr + base * 4096 + ((down * below + across) * 4096 + inside)), M, N, W).to(tl.float32)
+
+
+@triton.jit
+def put_by_queries(ptr, x, qb, kb, n, MASK: tl.constexpr, P: tl.constexpr):
+    """Store a block (queries keys); where MASK, only its tiles that exist."""
+    W: tl.constexpr = P.warps
+    M: tl.constexpr = P.block_i
+    N: tl.constexpr = P.block_j
+    down, across, inside = _place(tl.arange(0, M * N), M, N, W)
+    base = slot(qb, kb, n, False, P)
+    below = slot(qb + 1, kb, n, False, P) - base
+    at = ptr + base * 4096 + ((down * below + across) * 4096 + inside)
+    packed = pack(x.to(ptr.dtype.element_ty), M, N, W)
+    if MASK:
+        exists = kb + across <= qb + down
+        if P.band:
+            exists = exists & (kb + across > qb + down - n.width)
+        tl.store(at, packed, mask=exists)
+    else:
+        tl.store(at, packed)

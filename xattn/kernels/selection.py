@@ -1,0 +1,268 @@
+"""Selection: the votes of one head become the penalty F of all, and the gradient of F becomes that head's.
+
+Everything is in tiles of 64 x 64. A segment is SEGMENT rows of tiles: `count_votes` leaves each segment's column sums,
+whose running sum is the carry with which `fill` starts a segment. The gradient runs the other way: R_kj, the sum of
+dF_ij over the queries i after k, starts a segment from a carry and walks it from its last row to its first.
+"""
+
+import triton
+import triton.language as tl
+
+from xattn.kernels.scratch import pack, slot, unpack
+from xattn.kernels.stages import BOTH, NEAR, allowed, logits, modify, put_rows, rows, stand, votes
+from xattn.kernels.walk import keys_of, queries_of
+
+# tiles (of 64 queries) in a segment
+SEGMENT = 8
+
+
+@triton.jit
+def _keys(k_ptr, far_k_ptr, k_j, pos_ptr, doc_ptr, kb, n, P: tl.constexpr):
+    """Keys, grouped keys, positions and documents of a block of 64."""
+    j0 = kb * 64
+    row = tl.arange(0, 64)
+    k_at = tl.cast(j0, tl.int64) * k_j
+    k_jd = rows(k_ptr + k_at, row, k_j, n.n_j - j0, True, P)
+    far_k_jd = k_jd
+    if P.extend > 0:
+        far_k_jd = rows(far_k_ptr + k_at, row, k_j, n.n_j - j0, True, P)
+    pos_j, doc_j = stand(pos_ptr, doc_ptr, j0 + row, n.n_j, P)
+    return k_jd, far_k_jd, pos_j, doc_j
+
+
+@triton.jit
+def _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, qb, n, TRANSPOSED: tl.constexpr, P: tl.constexpr):
+    """Logits of the selecting head after the score stage, their derivative, the pairs allowed, and both positions."""
+    k_jd, far_k_jd, pos_j, doc_j = key
+    i0 = qb * 64
+    row = tl.arange(0, 64)
+    q_at = tl.cast(i0, tl.int64) * q_i
+    q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+    far_q_id = q_id
+    if P.extend > 0:
+        far_q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+    pos_i, doc_i = stand(pos_ptr, doc_ptr, i0 + row, n.n_i, P)
+    if TRANSPOSED:
+        pos_i, doc_i, pos_j, doc_j = pos_i[None, :], doc_i[None, :], pos_j[:, None], doc_j[:, None]
+    else:
+        pos_i, doc_i, pos_j, doc_j = pos_i[:, None], doc_i[:, None], pos_j[None, :], doc_j[None, :]
+    ZONE: tl.constexpr = BOTH if P.extend > 0 else NEAR
+    sim = logits((q_id, far_q_id, far_q_id), (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, TRANSPOSED, P)
+    sim, change = modify(sim, pos_i, pos_j, slope, n, P)
+    return sim, change, allowed(pos_i, pos_j, doc_i, doc_j, n, P), pos_i, pos_j
+
+
+@triton.jit
+def _segment(block, seg, walk_ptr, n, SEG: tl.constexpr, P: tl.constexpr):
+    """First tile, and one past the last, of the queries in this segment that may see the block of keys."""
+    _, _, lo, _, _, _, _, hi = queries_of(block, walk_ptr, n, P)
+    return tl.maximum(seg * SEG, lo // 64), tl.minimum((seg + 1) * SEG, (hi + 63) // 64)
+
+
+@triton.jit(do_not_specialize=["n", "head"])
+def count_votes(
+    q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, part_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr,
+    pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, part_b, part_s, head, n, SEG: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Votes of each segment of queries against each key, (b segments j) float32. Pointers are the selecting head's."""
+    kb, seg, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    pos_ptr, doc_ptr = pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b
+    key = _keys(
+        k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
+    )  # fmt: skip
+    slope = 0.0
+    if P.alibi:
+        slope = tl.load(slope_ptr + head)
+    total = tl.zeros([64], tl.float32)
+    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, n, SEG, P)
+    for t in range(t_lo, t_hi):
+        sim, _, ok, pos_i, pos_j = _tile(
+            q_ptr + b * q_b, far_q_ptr + b * q_b, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, P
+        )  # fmt: skip
+        total += tl.sum(votes(sim, ok, pos_i, pos_j), 1)
+    tl.store(part_ptr + b * part_b + tl.cast(seg, tl.int64) * part_s + kb * 64 + tl.arange(0, 64), total)
+
+
+@triton.jit
+def _sum_before(x, AXIS: tl.constexpr, P: tl.constexpr):
+    """Exclusive running sums down the queries of a 64 x 64 tile (axis 0, or 1 when it lies the other way)."""
+    i = tl.arange(0, 64)
+    if AXIS == 0:
+        ones = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
+    else:
+        ones = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
+    return _apply(ones, x, AXIS, P)
+
+
+@triton.jit
+def _apply(ones, x, AXIS: tl.constexpr, P: tl.constexpr):
+    """ones @ x (axis 0) or x @ ones, in float32; two halves of bfloat16 carry 16 bits of x through the matrix unit."""
+    if P.exact:
+        if AXIS == 0:
+            y = tl.dot(ones, x, input_precision="ieee")
+        else:
+            y = tl.dot(x, ones, input_precision="ieee")
+    else:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        if AXIS == 0:
+            y = tl.dot(ones.to(tl.bfloat16), low, tl.dot(ones.to(tl.bfloat16), high))
+        else:
+            y = tl.dot(low, ones.to(tl.bfloat16), tl.dot(high, ones.to(tl.bfloat16)))
+    return y
+
+
+@triton.jit(do_not_specialize=["n", "first_block", "first_segment", "last_block"])
+def fill(
+    q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, carry_ptr, scratch_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr,
+    pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, carry_b, carry_s, scratch_b, first_block, first_segment, last_block, head, n,
+    SEG: tl.constexpr, BY_KEYS: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """F of one block of keys and one segment of queries into the scratch: row after row, or BY_KEYS transposed."""
+    kb = first_block + tl.program_id(0)
+    seg = first_segment + tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, n, SEG, P)
+    t_hi = tl.minimum(t_hi, last_block)
+    if t_lo < t_hi:
+        pos_ptr, doc_ptr = pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b
+        key = _keys(
+            k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
+        )  # fmt: skip
+        slope = 0.0
+        if P.alibi:
+            slope = tl.load(slope_ptr + head)
+        carry = tl.load(carry_ptr + b * carry_b + tl.cast(seg, tl.int64) * carry_s + kb * 64 + tl.arange(0, 64))
+        for t in range(t_lo, t_hi):
+            sim, _, ok, pos_i, pos_j = _tile(
+                q_ptr + b * q_b, far_q_ptr + b * q_b, q_i, pos_ptr, doc_ptr, key, slope, t, n, BY_KEYS, P
+            )  # fmt: skip
+            cast = votes(sim, ok, pos_i, pos_j)
+            if BY_KEYS:
+                before = _sum_before(cast, 1, P) + carry[:, None]
+                carry += tl.sum(cast, 1)
+            else:
+                before = _sum_before(cast, 0, P) + carry[None, :]
+                carry += tl.sum(cast, 0)
+            if not P.exact:
+                # float16 ends at 65504; a key with such a penalty is long dead
+                before = tl.minimum(before, 60000.0)
+            at = scratch_ptr + b * scratch_b + slot(t, kb, n, BY_KEYS, P) * 4096 + tl.arange(0, 4096)
+            tl.store(at, pack(before.to(scratch_ptr.dtype.element_ty), 64, 64, 4))
+
+
+@triton.jit(do_not_specialize=["n", "first_segment", "last_block"])
+def spread(
+    q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, carry_ptr, slices_ptr, dz_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr,
+    walk_ptr, pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, carry_b, carry_s, scratch_b, slice_stride, first_segment,
+    last_block, head, n, SEG: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Slices of dF -> the selecting head's gradient dz, tile by tile in rows of 64, from a segment's last tile to its first."""
+    kb, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    seg = first_segment + tl.program_id(1)
+    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, n, SEG, P)
+    t_hi = tl.minimum(t_hi, last_block)
+    SLICES: tl.constexpr = P.slices
+    if t_lo < t_hi:
+        pos_ptr, doc_ptr = pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b
+        key = _keys(
+            k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
+        )  # fmt: skip
+        slope = 0.0
+        if P.alibi:
+            slope = tl.load(slope_ptr + head)
+        carry = tl.load(carry_ptr + b * carry_b + tl.cast(seg, tl.int64) * carry_s + kb * 64 + tl.arange(0, 64))
+        i = tl.arange(0, 64)
+        later = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
+        for back in range(0, t_hi - t_lo):
+            t = t_hi - 1 - back
+            sim, change, ok, pos_i, pos_j = _tile(
+                q_ptr + b * q_b, far_q_ptr + b * q_b, q_i, pos_ptr, doc_ptr, key, slope, t, n, False, P
+            )  # fmt: skip
+            base = b * scratch_b + slot(t, kb, n, False, P) * 4096
+            dpenalty = tl.load(slices_ptr + base + tl.arange(0, 4096)).to(tl.float32)
+            for more in tl.static_range(1, SLICES):
+                dpenalty += tl.load(slices_ptr + more * slice_stride + base + tl.arange(0, 4096)).to(tl.float32)
+            # a tile that the dQ kernel had no reason to visit was never written
+            dpenalty = tl.where(ok, unpack(dpenalty, 64, 64, 4), 0.0)
+            gained = _apply(later, dpenalty, 0, P) + carry[None, :]
+            carry += tl.sum(dpenalty, 0)
+            dz = tl.where(votes(sim, ok, pos_i, pos_j) > 0, gained, 0.0)
+            if P.softcap:
+                dz = dz * change
+            tl.store(dz_ptr + base + i[:, None] * 64 + i[None, :], dz.to(dz_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n", "first_block"])
+def add_dq(
+    k_ptr, far_k_ptr, dz_ptr, dq_ptr, far_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
+    k_b, k_j, dq_b, dq_i, scratch_b, first_block, n, P: tl.constexpr,
+):  # fmt: skip
+    """dQ += dz K of the selecting head, a block of 64 queries."""
+    BLOCK_D: tl.constexpr = P.block_d
+    qb, b = first_block + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, 64)
+    pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, qb * 64 + i, n.n_i, P)
+    dq = tl.zeros([64, BLOCK_D], tl.float32)
+    far_dq = tl.zeros([64, BLOCK_D], tl.float32)
+    front_lo, front_hi, lo, _, _, _, _, hi = keys_of(qb, walk_ptr + b * walk_b, n, P)
+    fronts = (tl.maximum(front_hi - front_lo, 0) + 63) // 64
+    count = fronts + (tl.maximum(hi - lo, 0) + 63) // 64
+    for step in range(0, count):
+        j0 = tl.where(step < fronts, front_lo + step * 64, lo + (step - fronts) * 64)
+        kb = j0 // 64
+        dz = tl.load(dz_ptr + b * scratch_b + slot(qb, kb, n, False, P) * 4096 + i[:, None] * 64 + i[None, :])
+        k_jd, far_k_jd, pos_j, doc_j = _keys(
+            k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
+        )  # fmt: skip
+        if P.stored:
+            # the walk of these queries may pass tiles in which nobody sees anybody
+            ok = allowed(pos_i[:, None], pos_j[None, :], doc_i[:, None], doc_j[None, :], n, P)
+            dz = tl.where(ok, dz, 0.0)
+        if P.extend > 0:
+            far = pos_i[:, None] - pos_j[None, :] >= n.near
+            far_dq = tl.dot(tl.where(far, dz, 0.0), far_k_jd, far_dq, input_precision="ieee")
+            dz = tl.where(far, 0.0, dz)
+        dq = tl.dot(dz, k_jd, dq, input_precision="ieee")
+    scale = n.scale * 0.6931471805599453
+    at = b * dq_b + tl.cast(qb * 64, tl.int64) * dq_i
+    left = n.n_i - qb * 64
+    put_rows(dq_ptr + at, rows(dq_ptr + at, i, dq_i, left, True, P).to(tl.float32) + dq * scale, i, dq_i, left, P)
+    if P.extend > 0:
+        far_dq = rows(far_dq_ptr + at, i, dq_i, left, True, P).to(tl.float32) + far_dq * scale
+        put_rows(far_dq_ptr + at, far_dq, i, dq_i, left, P)
+
+
+@triton.jit(do_not_specialize=["n", "first_block", "last_block"])
+def add_dk(
+    q_ptr, far_q_ptr, dz_ptr, dk_ptr, far_dk_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
+    q_b, q_i, dk_b, dk_j, scratch_b, first_block, last_block, n, P: tl.constexpr,
+):  # fmt: skip
+    """dK += dz^T Q of the selecting head, a block of 64 keys, over the blocks of queries from first_block to last_block."""
+    BLOCK_D: tl.constexpr = P.block_d
+    kb, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, 64)
+    pos_j, _ = stand(pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb * 64 + i, n.n_j, P)
+    dk = tl.zeros([64, BLOCK_D], tl.float32)
+    far_dk = tl.zeros([64, BLOCK_D], tl.float32)
+    _, _, lo, _, _, _, _, hi = queries_of(kb, walk_ptr + b * walk_b, n, P)
+    t_lo, t_hi = tl.maximum(lo // 64, first_block), tl.minimum((hi + 63) // 64, last_block)
+    for t in range(t_lo, t_hi):
+        dz = tl.load(dz_ptr + b * scratch_b + slot(t, kb, n, False, P) * 4096 + i[:, None] * 64 + i[None, :])
+        q_at = tl.cast(t * 64, tl.int64) * q_i
+        q_id = rows(q_ptr + b * q_b + q_at, i, q_i, n.n_i - t * 64, True, P)
+        if P.extend > 0:
+            pos_i, _ = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, t * 64 + i, n.n_i, P)
+            far_q_id = rows(far_q_ptr + b * q_b + q_at, i, q_i, n.n_i - t * 64, True, P)
+            far = pos_i[:, None] - pos_j[None, :] >= n.near
+            far_dk = tl.dot(tl.trans(tl.where(far, dz, 0.0)), far_q_id, far_dk, input_precision="ieee")
+            dz = tl.where(far, 0.0, dz)
+        dk = tl.dot(tl.trans(dz), q_id, dk, input_precision="ieee")
+    if t_lo < t_hi:
+        scale = n.scale * 0.6931471805599453
+        at = b * dk_b + tl.cast(kb * 64, tl.int64) * dk_j
+        left = n.n_j - kb * 64
+        put_rows(dk_ptr + at, rows(dk_ptr + at, i, dk_j, left, True, P).to(tl.float32) + dk * scale, i, dk_j, left, P)
+        if P.extend > 0:
+            far_dk = rows(far_dk_ptr + at, i, dk_j, left, True, P).to(tl.float32) + far_dk * scale
+            put_rows(far_dk_ptr + at, far_dk, i, dk_j, left, P)

@@ -1,0 +1,69 @@
+"""Tile sizes of every kernel: (queries, keys, warps, pipeline stages), chosen by measurement and never tuned at run time.
+
+Measured on an H100 and an H200 with Triton 3.6 by benchmarks/tune.py; other devices take the same sizes.
+"""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Rows of queries and of keys in a tile, warps and pipeline stages of the launch."""
+
+    block_i: int
+    block_j: int
+    warps: int
+    stages: int
+
+
+# (kernel, kind) -> for head widths up to 64, up to 128, and above, in 16 bits
+_HALF: dict[tuple[str, str], tuple[Tile, Tile, Tile]] = {
+    ("forward", "plain"): (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)),
+    ("forward", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    ("forward", "select"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+    ("forward", "extend"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+    ("dkdv", "plain"): (Tile(128, 64, 4, 2), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
+    ("dkdv", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    ("dkdv", "select"): (Tile(128, 64, 4, 2), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
+    ("dkdv", "extend"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
+    ("dq", "plain"): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
+    ("dq", "window"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    ("dq", "select"): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
+    ("dq", "extend"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 1)),
+}
+# float32 runs on the ordinary cores: small tiles, but the packed scratch of selection comes in 64 x 64
+_SINGLE = (Tile(64, 64, 4, 1), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1))
+_SINGLE_SELECT = (Tile(64, 64, 4, 1), Tile(64, 64, 8, 1))
+
+_override: dict[str, Tile] = {}
+
+
+def tile(kernel: str, *, block_d: int, itemsize: int, select: bool, extend: bool, window: bool) -> Tile:
+    """The tile of one kernel: forward, dkdv or dq."""
+    if kernel in _override:
+        return _override[kernel]
+    width = 0 if block_d <= 64 else 1 if block_d <= 128 else 2
+    if itemsize > 2:
+        return (_SINGLE_SELECT if select else _SINGLE)[width]
+    if select and extend:
+        # both scratch and a second copy of keys: the tiles that the scratch comes in, and no deep pipeline
+        return Tile(64, 64, 4 if width == 0 else 8, 2 if width == 0 else 1)
+    kind = "select" if select else "extend" if extend else "window" if window else "plain"
+    return _HALF[kernel, kind][width]
+
+
+def pair(*, block_d: int, itemsize: int, heads: int, select: bool, extend: bool) -> int:
+    """Query heads that one program of the dQ kernel takes, so that F is read and its gradient written once for both."""
+    return 2 if select and not extend and block_d <= 64 and itemsize == 2 and heads % 2 == 0 else 1
+
+
+@contextmanager
+def override(**tiles: Tile):
+    """Within this context the named kernels (forward, dkdv, dq) take these tiles: for tuning and for tests."""
+    before = dict(_override)
+    _override.update(tiles)
+    try:
+        yield
+    finally:
+        _override.clear()
+        _override.update(before)
