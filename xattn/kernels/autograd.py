@@ -13,6 +13,18 @@ _OPTIONS = tuple(f.name for f in fields(Options))
 _LEARNED = ("q", "k", "v", "far_q", "ahead_q", "far_k", "sink")
 
 
+
+def _run(what, given, *results):
+    """Call run_forward or run_backward on the operator's flat arguments."""
+    inputs = Inputs(**dict(zip(_TENSORS, given, strict=False)))
+    return what(inputs, Options(**dict(zip(_OPTIONS, given[len(_TENSORS) :], strict=True))), *results)
+
+
+def _backward(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *given) -> list[Tensor]:
+    grads = _run(run_backward, given, out, lse, dout, dlse)
+    return [grads[name] for name in _LEARNED if name in grads]
+
+
 @torch.library.custom_op("xattn::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
@@ -20,15 +32,11 @@ def _attention(
     doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int, sinks: int, cap: float,
     near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = Inputs(
-        q=q, k=k, v=v, far_q=far_q, ahead_q=ahead_q, far_k=far_k, sink=sink, slopes=slopes, pos_i=pos_i, pos_j=pos_j,
-        doc_i=doc_i, doc_j=doc_j, walk_i=walk_i, walk_j=walk_j,
+    given = (
+        q, k, v, far_q, ahead_q, far_k, sink, slopes, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j, causal, window, sinks, cap, near,
+        group, sim_head, scale, scratch_bytes,
     )  # fmt: skip
-    options = Options(
-        causal=causal, window=window, sinks=sinks, cap=cap, near=near, group=group, sim_head=sim_head, scale=scale,
-        scratch_bytes=scratch_bytes,
-    )  # fmt: skip
-    return run_forward(inputs, options)
+    return _run(run_forward, given)
 
 
 @_attention.register_fake
@@ -45,16 +53,10 @@ def _attention_backward(
     doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int, sinks: int, cap: float,
     near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
 ) -> list[Tensor]:  # fmt: skip
-    inputs = Inputs(
-        q=q, k=k, v=v, far_q=far_q, ahead_q=ahead_q, far_k=far_k, sink=sink, slopes=slopes, pos_i=pos_i, pos_j=pos_j,
-        doc_i=doc_i, doc_j=doc_j, walk_i=walk_i, walk_j=walk_j,
+    return _backward(
+        out, lse, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, slopes, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j, causal,
+        window, sinks, cap, near, group, sim_head, scale, scratch_bytes,
     )  # fmt: skip
-    options = Options(
-        causal=causal, window=window, sinks=sinks, cap=cap, near=near, group=group, sim_head=sim_head, scale=scale,
-        scratch_bytes=scratch_bytes,
-    )  # fmt: skip
-    grads = run_backward(inputs, options, out, lse, dout, dlse)
-    return [grads[name] for name in _LEARNED if name in grads]
 
 
 @_attention_backward.register_fake
@@ -73,13 +75,13 @@ def _remember(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx, dout, dlse):
+def _differentiate(ctx, dout, dlse, backward=_attention_backward):
     *tensors, out, lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
     # the backward counts in natural units
     dlse = None if dlse is None else dlse * LOG2E
-    grads = _attention_backward(out, lse, dout, dlse, *tensors, *ctx.options)
+    grads = backward(out, lse, dout, dlse, *tensors, *ctx.options)
     names = [name for name, t in zip(_TENSORS, tensors, strict=True) if name in _LEARNED and t is not None]
     found = dict(zip(names, grads, strict=True))
     return *(found.get(name) for name in _TENSORS), *(None for _ in ctx.options)
@@ -88,6 +90,22 @@ def _differentiate(ctx, dout, dlse):
 _attention.register_autograd(_differentiate, setup_context=_remember)
 
 
+class _Eager(torch.autograd.Function):
+    """The same without the operator, whose checks cost more than a small kernel."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        output = _run(run_forward, given)
+        _remember(ctx, given, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        return _differentiate(ctx, dout, dlse, _backward)
+
+
 def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """Fused attention: out (b h i d) in q's dtype, and the base-2 log-sum-exp (b h i) float32; both can be differentiated."""
-    return _attention(*(getattr(inputs, name) for name in _TENSORS), *(getattr(options, name) for name in _OPTIONS))
+    operator = _attention if torch.compiler.is_compiling() else _Eager.apply
+    return operator(*(getattr(inputs, name) for name in _TENSORS), *(getattr(options, name) for name in _OPTIONS))

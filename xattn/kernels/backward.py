@@ -10,7 +10,7 @@ import triton.language as tl
 
 from xattn.kernels.scratch import penalty, put_by_queries
 from xattn.kernels.stages import BOTH, FAR, NEAR, allowed, logits, modify, numbers, put_rows, rows, stand
-from xattn.kernels.walk import edge, edges, keys_of, queries_of
+from xattn.kernels.walk import edge, edges, keys_of, queries_of, share
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -119,7 +119,7 @@ def find_dkdv(
     far_dk = tl.zeros([BJ, BLOCK_D], tl.float32)
     dv = tl.zeros([BJ, BLOCK_D], tl.float32)
     walk = queries_of(block, walk_ptr + b * walk_b, n, P)
-    _, _, _, in_lo, mid_lo, mid_hi, in_hi, _ = walk
+    in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     for h in range(g * GROUP, g * GROUP + GROUP):
         q_at = b * q_b + h * q_h
@@ -248,14 +248,17 @@ def _query_head(b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr,
     return (q_id, far_q_id, ahead_q_id), dout_id, lse_i, delta_i, slope
 
 
-@triton.jit(do_not_specialize=["n", "first_block"])
+@triton.jit(do_not_specialize=["n", "first_block", "dq_first", "dq_part"])
 def find_dq(
     q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, scratch_ptr, slices_ptr,
     dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
-    q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, dout_b, dout_h, dout_i, dq_b, dq_h, dq_i, scratch_b, slice_stride,
-    first_block, n, P: tl.constexpr,
+    q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, dout_b, dout_h, dout_i, dq_part, dq_b, dq_h, dq_i,
+    dq_first, scratch_b, slice_stride, first_block, n, P: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dF."""
+    """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dF.
+
+    Axis 1 of the grid shares out a block's keys; each program then leaves its part of dQ, dq_part apart.
+    """
     BI: tl.constexpr = P.block_i
     BJ: tl.constexpr = P.block_j
     BLOCK_D: tl.constexpr = P.block_d
@@ -292,29 +295,31 @@ def find_dq(
     ahead_dq = tl.zeros([BI, BLOCK_D], tl.float32)
     other_dq = tl.zeros([BI, BLOCK_D], tl.float32)
     walk = keys_of(block, walk_ptr + b * walk_b, n, P)
-    _, _, _, in_lo, mid_lo, mid_hi, in_hi, _ = walk
+    part, parts = tl.program_id(1), tl.num_programs(1)
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
-    for step in tl.range(0, edges(walk, BJ, P), num_stages=1):
+    lo, hi = share(0, edges(walk, BJ, P), part, parts, 1)
+    for step in tl.range(lo, hi, num_stages=1):
         j0 = edge(step, walk, BJ, P)
         dq, far_dq, ahead_dq, other_dq = _dq_step(
             (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
             EDGE, True, P,
         )  # fmt: skip
+    lo, hi = share(walk[5] if P.extend == 1 else walk[3], walk[6], part, parts, BJ)
     if P.extend == 1:
-        for j0 in range(in_lo, mid_lo, BJ):
+        far_lo, far_hi = share(walk[3], walk[4], part, parts, BJ)
+        for j0 in range(far_lo, far_hi, BJ):
             dq, far_dq, ahead_dq, other_dq = _dq_step(
                 (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
                 FAR, False, P,
             )  # fmt: skip
-        in_lo = mid_hi
-    for j0 in range(in_lo, in_hi, BJ):
+    for j0 in range(lo, hi, BJ):
         dq, far_dq, ahead_dq, other_dq = _dq_step(
             (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
             NEAR, False, P,
         )  # fmt: skip
 
     scale = n.scale * 0.6931471805599453
-    at = b * dq_b + h * dq_h + tl.cast(i0, tl.int64) * dq_i
+    at = part * tl.cast(dq_part, tl.int64) + b * dq_b + h * dq_h + tl.cast(i0 - dq_first, tl.int64) * dq_i
     put_rows(dq_ptr + at, dq * scale, row, dq_i, n.n_i - i0, P)
     if PAIR == 2:
         put_rows(dq_ptr + at + dq_h, other_dq * scale, row, dq_i, n.n_i - i0, P)

@@ -81,7 +81,7 @@ def forward(
     total = tl.zeros([BI], tl.float32)
     top = tl.full([BI], float("-inf"), tl.float32)
     walk = keys_of(block, walk_ptr + b * walk_b, n, P)
-    _, _, _, in_lo, mid_lo, mid_hi, in_hi, _ = walk
+    in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     for step in tl.range(0, edges(walk, BJ, P), num_stages=1):
         j0 = edge(step, walk, BJ, P)

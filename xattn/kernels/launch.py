@@ -13,9 +13,11 @@ from xattn.kernels import backward, forward, selection
 from xattn.kernels.call import Numbers, Parts
 from xattn.kernels.scratch import SPARE, rows_before
 from xattn.kernels.selection import SEGMENT
-from xattn.kernels.tiles import Tile, pair, tile
+from xattn.kernels.tiles import Tile, pair, small, tile
 
 LOG2E = 1.4426950408889634
+# enough programs of the dQ kernel for the largest GPUs: four for each of 132 processors
+_PROGRAMS = 528
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -122,6 +124,10 @@ class _Call:
         parts = self.parts._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps)
         return t, parts, {"num_warps": t.warps, "num_stages": t.stages}
 
+    def small(self, kernel: str) -> dict[str, int]:
+        """How one of selection's own kernels is launched."""
+        return small(kernel, block_d=self.parts.block_d, itemsize=self.x.q.element_size(), extend=self.parts.extend > 0)
+
     @property
     def selecting(self) -> tuple[Tensor, ...]:
         """q, k, far_q, far_k of the selecting head, and the slopes."""
@@ -149,16 +155,24 @@ class _Call:
 
     def chunks(self, tile_bytes: int, *, by_keys: bool) -> list[tuple[int, int]]:
         """Rows (or columns) of tiles, cut at segments so that a chunk's scratch fits the cap; one segment at least."""
-        total = self.tiles_before(self.n.blocks, by_keys=by_keys) * tile_bytes * self.n.batch
-        # even chunks: the last of a greedy cut would fill few processors
-        limit = total / -(-total // self.o.scratch_bytes)
-        cuts, done = [0], 0
-        for y in range(SEGMENT, self.n.blocks, SEGMENT):
-            ahead = self.tiles_before(y + SEGMENT, by_keys=by_keys) * tile_bytes * self.n.batch
-            if ahead - done > limit * 1.01:
-                cuts.append(y)
-                done = self.tiles_before(y, by_keys=by_keys) * tile_bytes * self.n.batch
-        return list(zip(cuts, [*cuts[1:], self.n.blocks], strict=True))
+        def held(y: int) -> int:
+            return self.tiles_before(y, by_keys=by_keys) * tile_bytes * self.n.batch
+
+        cuts = range(SEGMENT, self.n.blocks, SEGMENT)
+        count = -(-held(self.n.blocks) // self.o.scratch_bytes)
+        while True:
+            # even chunks: a small last one would leave processors idle
+            chosen = {min(cuts, key=lambda y: abs(held(y) - held(self.n.blocks) * i / count)) for i in range(1, count) if cuts}
+            ends = [0, *sorted(chosen), self.n.blocks]
+            chunks = list(zip(ends, ends[1:], strict=False))
+            if len(chosen) == len(cuts) or all(held(last) - held(first) <= self.o.scratch_bytes for first, last in chunks):
+                return chunks
+            count += 1
+
+    def shares(self, rows: int) -> int:
+        """Programs among which the keys of one block of queries are shared out, so that a small chunk fills the GPU."""
+        programs = rows * self.n.batch * self.n.heads // _pair(self)
+        return max(1, min(_PROGRAMS // programs, self.n.blocks // 32, 16))
 
     def scratch(self, first: int, last: int, *, by_keys: bool, dtype: torch.dtype, slices: int = 1) -> Tensor:
         """Uninitialised tiles (slices, b, numbers) of the rows from first to last."""
@@ -177,7 +191,7 @@ class _Call:
         part[:, 0].zero_()
         selection.count_votes[(n.blocks, self.segments, n.batch)](
             *self.selecting, part[:, 1:], *self.by_key, *self.selecting_strides, part.stride(0), part.stride(1), self.o.sim_head,
-            n, SEG=SEGMENT, P=self.parts, num_warps=4, num_stages=2,
+            n, SEG=SEGMENT, P=self.parts, **self.small("fill"),
         )  # fmt: skip
         return part.cumsum(dim=1)
 
@@ -191,7 +205,8 @@ class _Call:
         selection.fill[grid](
             *self.selecting, carry, scratch, *self.by_key, *self.selecting_strides, carry.stride(0), carry.stride(1),
             scratch.stride(1), first if by_keys else 0, first_segment, self.n.blocks if by_keys else last, self.o.sim_head,
-            self.n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts, num_warps=4, num_stages=2,
+            self.n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts,
+            **self.small("fill"),
         )  # fmt: skip
         return scratch
 
@@ -254,7 +269,8 @@ def run_backward(
         _dq_and_selection(call, grads, carry, suffix, lse, delta, dout)
     else:
         _dkdv(call, grads, x.q, 0, n.blocks, lse, delta, dout)
-        _dq(call, grads, x.q, x.q, 0, n.blocks, lse, delta, dout)
+        into = {name: grads[name][None] for name in ("q", "far_q", "ahead_q") if name in grads}
+        _dq(call, into, x.q, x.q, 0, n.blocks, lse, delta, dout)
     if x.sink is not None:
         sink_bhi = torch.exp2(x.sink.float()[:, None] * LOG2E - lse)
         # a row that saw nothing is 0 whatever the sink
@@ -291,19 +307,21 @@ def _dkdv(
 
 
 def _dq(
-    call: _Call, grads: dict[str, Tensor], scratch: Tensor, slices: Tensor, first: int, last: int, lse: Tensor, delta: Tensor,
+    call: _Call, into: dict[str, Tensor], scratch: Tensor, slices: Tensor, first: int, last: int, lse: Tensor, delta: Tensor,
     dout: Tensor,
 ) -> None:  # fmt: skip
+    """dQ of the queries of blocks first to last; `into` holds (parts b h i d), whose first row is theirs."""
     x, n = call.x, call.n
     t, parts, how = call.tile("dq")
     parts = parts._replace(pair=_pair(call))
     blocks = -(-(min(last * 64, n.n_i) - first * 64) // t.block_i)
-    dq = grads["q"]
+    dq = into["q"]
     selected = (scratch.stride(1), slices.stride(0)) if parts.select else (0, 0)
-    backward.find_dq[(max(blocks, 0) * n.batch * (n.heads // parts.pair),)](
-        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, slices, dq, grads.get("far_q", dq),
-        grads.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
-        *dout.stride()[:3], *dq.stride()[:3], *selected, first * 64 // t.block_i, n._replace(first=first), P=parts, **how,
+    backward.find_dq[(max(blocks, 0) * n.batch * (n.heads // parts.pair), dq.shape[0])](
+        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, slices, dq, into.get("far_q", dq),
+        into.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
+        *dout.stride()[:3], *dq.stride()[:4], first * 64, *selected, first * 64 // t.block_i, n._replace(first=first),
+        P=parts, **how,
     )  # fmt: skip
 
 
@@ -323,19 +341,31 @@ def _dq_and_selection(
     slices_count = n.heads // _pair(call)
     chunks = call.chunks(4096 * (call.penalty_dtype.itemsize + slices_count * x.q.element_size()), by_keys=False)
     key_grads = {name: grads[name][:, s // parts.group] for name in ("k", "far_k") if name in grads}
+    query_grads = {name: grads[name] for name in ("q", "far_q") if name in grads}
     if len(chunks) > 1:
         # what several chunks add to is float32
         sums = {name: torch.zeros(t.shape, device=t.device, dtype=torch.float32) for name, t in key_grads.items()}
     else:
         sums = key_grads
-    dk, dq = sums["k"], grads["q"][:, s]
-    far_dk, far_dq = sums.get("far_k", dk), grads["far_q"][:, s] if "far_q" in grads else dq
+    dk = sums["k"]
+    far_dk = sums.get("far_k", dk)
     head_q, head_k, head_far_q, head_far_k, slopes = call.selecting
     q_b, q_i, k_b, k_j = call.selecting_strides
     for first, last in chunks:
+        rows = min(last, -(-n.n_i // 64)) - first
+        if rows <= 0:
+            continue
+        mine = {name: t[:, :, first * 64 : last * 64] for name, t in query_grads.items()}
+        shares = call.shares(rows)
+        if shares == 1:
+            into = {name: t[None] for name, t in mine.items()}
+        else:
+            into = {name: torch.empty(shares, *t.shape, device=t.device, dtype=torch.float32) for name, t in mine.items()}
+        dq = into["q"][:, :, s]
+        far_dq = into["far_q"][:, :, s] if "far_q" in into else dq
         scratch = call.fill(carry, first, last, by_keys=False)
         slices = call.scratch(first, last, by_keys=False, dtype=x.q.dtype, slices=slices_count)
-        _dq(call, grads, scratch, slices, first, last, lse, delta, dout)
+        _dq(call, into, scratch, slices, first, last, lse, delta, dout)
         # F has done its work: dz takes its place
         dz = scratch.view(x.q.dtype)
         numbers = n._replace(first=first)
@@ -343,19 +373,19 @@ def _dq_and_selection(
         selection.spread[(last, last_segment - first_segment, n.batch)](
             head_q, head_k, head_far_q, head_far_k, slopes, suffix, slices, dz, *call.by_key, q_b, q_i, k_b, k_j, suffix.stride(0),
             suffix.stride(1), scratch.stride(1), slices.stride(0), first_segment, last, s, numbers, SEG=SEGMENT,
-            P=parts._replace(slices=slices_count), num_warps=4, num_stages=3,
+            P=parts._replace(slices=slices_count), **call.small("spread"),
         )  # fmt: skip
-        rows = min(last, -(-n.n_i // 64)) - first
-        if rows <= 0:
-            continue
-        selection.add_dq[(rows, n.batch)](
-            head_k, head_far_k, dz, dq, far_dq, *call.by_query, k_b, k_j, dq.stride(0), dq.stride(1), scratch.stride(1), first,
-            numbers, P=parts, num_warps=4, num_stages=3,
+        selection.add_dq[(rows, n.batch, shares)](
+            head_k, head_far_k, dz, dq, far_dq, *call.by_query, k_b, k_j, *dq.stride()[:3], first * 64, scratch.stride(1), first,
+            numbers, P=parts, **call.small("add"),
         )  # fmt: skip
         selection.add_dk[(min(last, -(-n.n_j // 64)), n.batch)](
             head_q, head_far_q, dz, dk, far_dk, *call.by_key, q_b, q_i, dk.stride(0), dk.stride(1), scratch.stride(1), first, last,
-            numbers, P=parts, num_warps=4, num_stages=3,
+            numbers, P=parts, **call.small("add"),
         )  # fmt: skip
+        if shares > 1:
+            for name, t in mine.items():
+                t.copy_(into[name].sum(dim=0))
     if len(chunks) > 1:
         for name, t in key_grads.items():
             t += sums[name].to(t.dtype)

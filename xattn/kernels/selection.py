@@ -10,7 +10,7 @@ import triton.language as tl
 
 from xattn.kernels.scratch import pack, slot, unpack
 from xattn.kernels.stages import BOTH, NEAR, allowed, logits, modify, put_rows, rows, stand, votes
-from xattn.kernels.walk import keys_of, queries_of
+from xattn.kernels.walk import keys_of, queries_of, share
 
 # tiles (of 64 queries) in a segment
 SEGMENT = 8
@@ -55,7 +55,8 @@ def _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, qb, n, TRANSPOSED
 @triton.jit
 def _segment(block, seg, walk_ptr, n, SEG: tl.constexpr, P: tl.constexpr):
     """First tile, and one past the last, of the queries in this segment that may see the block of keys."""
-    _, _, lo, _, _, _, _, hi = queries_of(block, walk_ptr, n, P)
+    walk = queries_of(block, walk_ptr, n, P)
+    lo, hi = walk[2], walk[7]
     return tl.maximum(seg * SEG, lo // 64), tl.minimum((seg + 1) * SEG, (hi + 63) // 64)
 
 
@@ -193,22 +194,25 @@ def spread(
             tl.store(dz_ptr + base + i[:, None] * 64 + i[None, :], dz.to(dz_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["n", "first_block"])
+@triton.jit(do_not_specialize=["n", "first_block", "dq_first", "dq_part"])
 def add_dq(
     k_ptr, far_k_ptr, dz_ptr, dq_ptr, far_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
-    k_b, k_j, dq_b, dq_i, scratch_b, first_block, n, P: tl.constexpr,
+    k_b, k_j, dq_part, dq_b, dq_i, dq_first, scratch_b, first_block, n, P: tl.constexpr,
 ):  # fmt: skip
-    """dQ += dz K of the selecting head, a block of 64 queries."""
+    """dQ += dz K of the selecting head, a block of 64 queries; axis 2 of the grid shares out its keys, as in the dQ kernel."""
     BLOCK_D: tl.constexpr = P.block_d
     qb, b = first_block + tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, 64)
     pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, qb * 64 + i, n.n_i, P)
     dq = tl.zeros([64, BLOCK_D], tl.float32)
     far_dq = tl.zeros([64, BLOCK_D], tl.float32)
-    front_lo, front_hi, lo, _, _, _, _, hi = keys_of(qb, walk_ptr + b * walk_b, n, P)
+    walk = keys_of(qb, walk_ptr + b * walk_b, n, P)
+    front_lo, front_hi, lo, hi = walk[0], walk[1], walk[2], walk[7]
     fronts = (tl.maximum(front_hi - front_lo, 0) + 63) // 64
     count = fronts + (tl.maximum(hi - lo, 0) + 63) // 64
-    for step in range(0, count):
+    part = tl.program_id(2)
+    first_step, last_step = share(0, count, part, tl.num_programs(2), 1)
+    for step in range(first_step, last_step):
         j0 = tl.where(step < fronts, front_lo + step * 64, lo + (step - fronts) * 64)
         kb = j0 // 64
         dz = tl.load(dz_ptr + b * scratch_b + slot(qb, kb, n, False, P) * 4096 + i[:, None] * 64 + i[None, :])
@@ -225,7 +229,7 @@ def add_dq(
             dz = tl.where(far, 0.0, dz)
         dq = tl.dot(dz, k_jd, dq, input_precision="ieee")
     scale = n.scale * 0.6931471805599453
-    at = b * dq_b + tl.cast(qb * 64, tl.int64) * dq_i
+    at = part * tl.cast(dq_part, tl.int64) + b * dq_b + tl.cast(qb * 64 - dq_first, tl.int64) * dq_i
     left = n.n_i - qb * 64
     put_rows(dq_ptr + at, rows(dq_ptr + at, i, dq_i, left, True, P).to(tl.float32) + dq * scale, i, dq_i, left, P)
     if P.extend > 0:
@@ -242,17 +246,18 @@ def add_dk(
     BLOCK_D: tl.constexpr = P.block_d
     kb, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, 64)
-    pos_j, _ = stand(pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb * 64 + i, n.n_j, P)
+    pos_j, doc_j = stand(pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb * 64 + i, n.n_j, P)
     dk = tl.zeros([64, BLOCK_D], tl.float32)
     far_dk = tl.zeros([64, BLOCK_D], tl.float32)
-    _, _, lo, _, _, _, _, hi = queries_of(kb, walk_ptr + b * walk_b, n, P)
+    walk = queries_of(kb, walk_ptr + b * walk_b, n, P)
+    lo, hi = walk[2], walk[7]
     t_lo, t_hi = tl.maximum(lo // 64, first_block), tl.minimum((hi + 63) // 64, last_block)
     for t in range(t_lo, t_hi):
         dz = tl.load(dz_ptr + b * scratch_b + slot(t, kb, n, False, P) * 4096 + i[:, None] * 64 + i[None, :])
         q_at = tl.cast(t * 64, tl.int64) * q_i
         q_id = rows(q_ptr + b * q_b + q_at, i, q_i, n.n_i - t * 64, True, P)
         if P.extend > 0:
-            pos_i, _ = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, t * 64 + i, n.n_i, P)
+            pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, t * 64 + i, n.n_i, P)
             far_q_id = rows(far_q_ptr + b * q_b + q_at, i, q_i, n.n_i - t * 64, True, P)
             far = pos_i[:, None] - pos_j[None, :] >= n.near
             far_dk = tl.dot(tl.trans(tl.where(far, dz, 0.0)), far_q_id, far_dk, input_precision="ieee")

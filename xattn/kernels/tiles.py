@@ -52,6 +52,17 @@ def tile(kernel: str, *, block_d: int, itemsize: int, select: bool, extend: bool
     return _HALF[kernel, kind][width]
 
 
+def small(kernel: str, *, block_d: int, itemsize: int, extend: bool) -> dict[str, int]:
+    """How selection's own kernels are launched, whose tiles are always 64 x 64."""
+    if kernel in _override:
+        return {"num_warps": _override[kernel].warps, "num_stages": _override[kernel].stages}
+    if itemsize > 2 or extend or block_d > 128:
+        stages = 1
+    else:
+        stages = 3 if block_d <= 64 else 2
+    return {"num_warps": 4, "num_stages": stages if kernel == "spread" else min(stages, 2) if kernel == "fill" else stages}
+
+
 def pair(*, block_d: int, itemsize: int, heads: int, select: bool, extend: bool) -> int:
     """Query heads that one program of the dQ kernel takes, so that F is read and its gradient written once for both."""
     return 2 if select and not extend and block_d <= 64 and itemsize == 2 and heads % 2 == 0 else 1

@@ -1,4 +1,4 @@
-"""Which tiles a program visits: loop bounds from the pattern, so that tiles nobody sees cost nothing and only edges pay for masks.
+"""Which tiles a program visits: loop bounds from the pattern; tiles that nobody sees cost nothing, and only edges pay for masks.
 
 A walk is eight slots, each but the last of a pair a multiple of the tile that is stepped by:
 
@@ -163,6 +163,13 @@ def edge(step, walk, STEP: tl.constexpr, P: tl.constexpr):
     return at
 
 
+@triton.jit
+def share(lo, hi, part, parts, STEP: tl.constexpr):
+    """The part of a range of whole tiles that falls to one of several programs."""
+    each = ((hi - lo) // STEP + parts - 1) // parts * STEP
+    return lo + part * each, tl.minimum(lo + part * each + each, hi)
+
+
 def table(
     pos_bi: Tensor,
     pos_bj: Tensor,
@@ -173,10 +180,12 @@ def table(
     window: int,
     sinks: int,
     near: int,
+    ordered: bool,
 ) -> tuple[Tensor, Tensor]:
     """Walks for stored positions: (b blocks of queries 8) over keys, and (b blocks of keys 8) over queries, int32 slots.
 
-    Args: positions (b n), -1 an empty slot, and documents; window, sinks, near: 0 for none. b may be 1.
+    Args: positions (b n), -1 an empty slot, and documents; window, sinks, near: 0 for none; ordered: queries and keys sit
+    alike, and later slots of a document hold later positions. b may be 1.
     """
     low_i, high_i, whole_i = _extent(pos_bi, pos_bi >= 0)
     low_j, high_j, whole_j = _extent(pos_bj, pos_bj >= 0)
@@ -192,6 +201,9 @@ def table(
         inside = inside & (first_j == last_j)[:, None]
     if causal:
         seen, inside = seen & (farthest >= 0), inside & (nearest >= 0)
+        if ordered:
+            block = torch.arange(seen.shape[1], device=seen.device)
+            seen = seen & (block[:, None] >= block)
     front = torch.zeros_like(seen)
     if window:
         if sinks:

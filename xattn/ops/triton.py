@@ -162,6 +162,7 @@ def _places(spec: AttentionSpec, layout_i: Layout, layout_j: Layout, near: int) 
         return table(
             layout_i.pos_bn, layout_j.pos_bn, layout_i.doc_bn, layout_j.doc_bn, causal=pattern.causal,
             window=pattern.sliding_window or 0, sinks=pattern.sink_tokens, near=near,
+            ordered=layout_i is layout_j and layout_i.kind != "free",
         )  # fmt: skip
 
     walk_i, walk_j = layout_i.memo(("walk", pattern, near, layout_j), make)
