@@ -78,7 +78,7 @@ class Run:
         from table import cases, tiny
 
         found = [case for case in cases(section) if self.args.only in case.name]
-        return [tiny(case) for case in found] if self.args.dry else found
+        return list({case.name: case for case in map(tiny, found)}.values()) if self.args.dry else found
 
     def add(self, case: Any, what: str, **figures: Any) -> None:
         """One row, on disk and on the screen."""
@@ -152,7 +152,7 @@ class Run:
                 continue
             peak = peak_mib(work)
             dense = 4 * case.b * case.h * case.n**2 / 2**20
-            if what == FLEX and peak is not None and "attn_selective" not in case.flags and case.n >= 4096 and peak >= dense:
+            if what == FLEX and peak is not None and case.n >= 4096 and peak >= dense:
                 raise RuntimeError(f"peak {peak:.0f} MiB is that of dense logits ({dense:.0f} MiB): it fell back to eager")
             for how in case.hows:
                 figures = {"pass": on, "how": how, "peak_mib": peak, "first_s": first_s, "stick_share": share}
@@ -247,8 +247,9 @@ def show(bars: Iterable[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     if args.dry:
-        # before triton is imported
-        os.environ["TRITON_INTERPRET"] = "1"
+        from gpu import go_dry
+
+        go_dry()
     run = Run(args)
     if args.worker:
         run.work()

@@ -15,7 +15,7 @@ from xattn.ops import triton as backend
 from xattn.ops.reference import reference
 
 sys.path.append(str(ROOT / "tests"))
-from measure import FORWARD, GRADIENT, errors, forward_and_gradients  # noqa: E402
+from measure import errors, forward_and_gradients, sticks  # noqa: E402
 
 
 class WrongResult(AssertionError):
@@ -42,8 +42,8 @@ class Truth:
         self.given = {name: t.detach() for name, t in given.items()}
         self.right = forward_and_gradients(self._reference, self.given, torch.float64)
         eager = errors(forward_and_gradients(self._reference, self.given, dtype), self.right)
-        most = max(value for name, value in eager.items() if name != "out")
-        self.stick = {name: FORWARD * eager["out"] if name == "out" else GRADIENT * most for name in eager}
+        long = sticks([eager])
+        self.stick = {name: long["out" if name == "out" else "gradient"] for name in eager}
 
     def _reference(self, q: Tensor, k: Tensor, v: Tensor, *, sink_logits_h: Tensor | None = None) -> Tensor:
         x = self.x
@@ -56,8 +56,7 @@ class Truth:
             return make(replace(self.x, q=q, k=k, v=v, sink=sink_logits_h))()
 
         off = errors(forward_and_gradients(run, self.given, self.dtype), self.right)
-        # an absolute floor where eager happens to be exact: one rounding of a number of size 1
-        shares = {name: value / max(self.stick[name], torch.finfo(self.dtype).eps) for name, value in off.items()}
+        shares = {name: value / self.stick[name] if value else 0.0 for name, value in off.items()}
         wrong = [f"{name} off by {off[name]:.2e}, {share:.2f} sticks" for name, share in shares.items() if not share <= 1]
         if wrong:
             raise WrongResult(f"{self.case.name}: {'; '.join(wrong)}")

@@ -1,6 +1,7 @@
 """Clocks and gauges of one process: medians, CUDA-graph replay, peak memory. Without a GPU they run once, to try a script."""
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,16 @@ import torch
 
 MIB = 2**20
 Work = Callable[[], Any]
+# what CUDA says when a kernel has gone astray; nothing runs in this process after it
+LOST = (
+    "illegal memory access", "illegal address", "misaligned address", "unspecified launch failure", "device-side assert",
+    "illegal instruction", "invalid program counter", "launch timed out", "hardware stack error",
+)  # fmt: skip
+
+
+def go_dry() -> None:
+    """Kernels by the interpreter and no GPU in sight, whatever the machine has; before triton is imported."""
+    os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 def on_gpu() -> bool:
@@ -109,4 +120,4 @@ def out_of_memory(error: BaseException) -> bool:
 def is_lost(error: BaseException) -> bool:
     """Whether the device is of no more use to this process."""
     text = str(error).lower()
-    return any(word in text for word in ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert"))
+    return any(word in text for word in LOST)

@@ -21,16 +21,18 @@ sys.path.insert(0, str(ROOT))
 
 
 def provenance() -> dict[str, Any]:
-    """Where a figure comes from: commit, machine, versions."""
+    """Where a figure comes from: commit (XATTN_COMMIT where the checkout has no history), machine, versions."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        dirty = bool(subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout)
+        # rows of an earlier run change nothing that is measured
+        status = ["status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results"]
+        dirty = bool(subprocess.run([*git, *status], capture_output=True, text=True).stdout)
     except FileNotFoundError:
         commit, dirty = "", False
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "commit": commit + ("+changes" if dirty else ""),
+        "commit": commit + ("+changes" if dirty else "") if commit else os.environ.get("XATTN_COMMIT", ""),
         "device": gpu or f"cpu {platform.machine()} x{os.cpu_count()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "triton", "x-transformers")} | _driver(),

@@ -148,7 +148,7 @@ def flex(x: Given, *, compiled: bool = True) -> Callable[[], Tensor]:
     never_dense()
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
+        return torch.compile(function, dynamic=False) if compiled else function
 
     attention = compile_(flex_attention)
 
