@@ -15,23 +15,32 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+# what is measured is this checkout, whatever else is installed
+sys.path.insert(0, str(ROOT))
 
 
 def provenance() -> dict[str, Any]:
-    """Where a figure comes from: commit, machine, versions."""
+    """Where a figure comes from: commit (XATTN_COMMIT where the checkout has no history), machine, versions."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        dirty = bool(subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout)
+        # rows of an earlier run change nothing that is measured
+        status = ["status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results"]
+        dirty = bool(subprocess.run([*git, *status], capture_output=True, text=True).stdout)
     except FileNotFoundError:
         commit, dirty = "", False
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "commit": commit + ("+changes" if dirty else ""),
+        "commit": commit + ("+changes" if dirty else "") if commit else os.environ.get("XATTN_COMMIT", ""),
         "device": gpu or f"cpu {platform.machine()} x{os.cpu_count()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "x-transformers")},
+        "versions": {name: _version(name) for name in ("torch", "triton", "x-transformers")} | _driver(),
     }
+
+
+def _driver() -> dict[str, str]:
+    return {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())} if torch.cuda.is_available() else {}
 
 
 def _version(name: str) -> str | None:
@@ -91,3 +100,25 @@ def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
     file, source = RESULTS / f"{name}.jsonl", provenance()
     file.write_text("".join(json.dumps({**row, **source}) + "\n" for row in rows))
     return file
+
+
+class Rows:
+    """Rows of a run: appended to a file one by one, so that what was measured survives whatever comes next."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file, self.rows, self.source = file, [], provenance()
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, **row: Any) -> dict[str, Any]:
+        """Keeps a row, with its provenance on disk."""
+        self.rows.append(row)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({**row, **self.source}) + "\n")
+        return row
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a file, oldest first; none where there is no file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
