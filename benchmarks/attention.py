@@ -87,7 +87,7 @@ class Run:
         self.rows.add(**row)
         ms, tflops, peak = (row.get(name) for name in ("median_ms", "tflops", "peak_mib"))
         figures = f"{ms:9.3f} ms {tflops or 0:6.0f} TFLOP/s" if ms is not None else f"{'':9}    {'':14}"
-        print(f"{case.section:10} {case.name:44} {what:24} {row.get('pass', ''):2} {row.get('how', ''):5} {figures} "
+        print(f"{case.section:10} {case.label:36} {what:24} {row.get('pass', ''):2} {row.get('how', ''):5} {figures} "
               f"{'' if peak is None else f'{peak:8.0f} MiB'} {row.get('note', '')}", flush=True)  # fmt: skip
 
     def case(self, case: Any) -> None:
@@ -237,10 +237,10 @@ def verdicts(run: Run) -> list[dict[str, Any]]:
 
 def show(bars: Iterable[dict[str, Any]]) -> None:
     """The short table."""
-    print(f"\n{'section':10} {'case':44} {'bar':52} {'measured':>9} {'must':>8} {'reach':>8}  verdict")
+    print(f"\n{'section':10} {'case':36} {'bar':52} {'measured':>9} {'must':>8} {'reach':>8}  verdict")
     for bar in bars:
         value, must, reach = ("-" if bar[name] is None else f"{bar[name]:.4g}" for name in ("value", "must", "reach"))
-        print(f"{bar['section']:10} {bar['case'][:44]:44} {bar['bar'][:52]:52} {value:>9} {must:>8} {reach:>8}  "
+        print(f"{bar['section']:10} {bar['case'][:36]:36} {bar['bar'][:52]:52} {value:>9} {must:>8} {reach:>8}  "
               f"{bar['verdict']} {bar['how']}")  # fmt: skip
 
 

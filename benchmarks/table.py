@@ -12,6 +12,10 @@ XT_EAGER, XT_COMPILED = "x-transformers eager", "x-transformers compiled"
 # the same sizes through our kernels without the case's flags, and our kernels on inputs already rotated
 OURS_CAUSAL, OURS_KERNEL = "ours causal", "ours, kernel alone"
 TOKENS = 32768
+SHORT = {
+    "sliding_window": "w", "attn_selective": "selective", "self_extend_group": "G", "self_extend_window": "near",
+    "rotary_pos_emb": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,13 @@ class Case:
         flags = (key if value is True else f"{key}={value}" for key, value in self.flags.items())
         documents = [f"documents={self.documents}"] if self.documents else []
         return " ".join([f"B{self.b} H{self.h} N{self.n} D{self.d}", *flags, *documents])
+
+    @property
+    def label(self) -> str:
+        """The name as a narrow column has it."""
+        flags = [f"{SHORT.get(key, key)}{'' if value is True else value}" for key, value in self.flags.items()]
+        parts = [flag for flag in flags if flag] if len(flags) < 5 else ["all parts"]
+        return " ".join([*self.name.split()[:4], *parts])
 
     @property
     def pairs(self) -> int:
@@ -207,7 +218,7 @@ def judge(case: Case, bar: Bar, rows: list[dict[str, Any]]) -> dict[str, Any]:
         value, how = (over[0] / found[0] if bar.times else found[0] / over[0]), found[1]
         if bar.over and over[1] != how:
             how = f"{how}|{over[1]}"
-    return verdict(case.section, case.name, label, value, bar.must, bar.reach, how=how, at_least=bar.at_least or bar.times)
+    return verdict(case.section, case.label, label, value, bar.must, bar.reach, how=how, at_least=bar.at_least or bar.times)
 
 
 def verdict(
@@ -275,6 +286,6 @@ def train_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         dense_selective = ratio(selective, speed("x-transformers selective"))
         bars += [("selective / x-transformers selective", dense_selective, must, None, True)]
         bars += [("selective / our dense", ratio(selective, best), None, 0.85, True)]
-        bars += [("selective peak MiB, weights too", speed("xattn selective", "total_mib"), 8192 if n >= 4096 else None, None, False)]
+        bars += [("selective peak MiB, weights too", speed("xattn selective", "total_mib"), must and 8192, None, False)]
         found += [verdict("train", case, name, value, must, reach, at_least=more) for name, value, must, reach, more in bars]
     return found

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = ("forward", "dkdv", "dq")
+# selection's own kernels: their tiles are always 64 x 64
+SMALL = ("fill", "spread", "add")
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 512},
@@ -36,7 +38,7 @@ LIMIT_S = 90
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS + SMALL, default=list(KERNELS + SMALL))
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--block-i", nargs="+", type=int, default=[64, 128])
@@ -57,7 +59,11 @@ def configurations(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All that is asked for; the table's own choice is always among them, first in its group."""
     found = []
     for kind, width, kernel in itertools.product(args.kinds, args.widths, args.kernels):
-        sweep = [tuple(s) for s in itertools.product(args.block_i, args.block_j, args.warps, args.stages)]
+        if kernel in SMALL and kind != "select":
+            continue
+        blocks = ([64], [64]) if kernel in SMALL else (args.block_i, args.block_j)
+        sizes = (*blocks, args.warps, [1, *args.stages] if kernel in SMALL else args.stages)
+        sweep = [tuple(s) for s in itertools.product(*sizes)]
         own = present(kernel, kind, width)
         tiles = [own, *(t for t in sweep if t != own)]
         found += [{"kernel": kernel, "kind": kind, "width": width, "tile": list(t)} for t in (tiles[:1] if args.dry else tiles)]
@@ -66,8 +72,11 @@ def configurations(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def present(kernel: str, kind: str, width: int) -> tuple[int, ...]:
     """What the table says today."""
-    from xattn.kernels.tiles import tile
+    from xattn.kernels.tiles import small, tile
 
+    if kernel in SMALL:
+        launch = small(kernel, block_d=width, itemsize=2, extend=False)
+        return 64, 64, launch["num_warps"], launch["num_stages"]
     kinds = {"select": kind == "select", "extend": kind == "extend", "window": kind == "window"}
     return tuple(tile(kernel, block_d=width, itemsize=2, **kinds))
 
