@@ -207,6 +207,7 @@ def compile_ahead(args: argparse.Namespace, jobs: int) -> None:
     begun = time.monotonic()
     env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "2"}
     command = [sys.executable, str(SCRIPT), *args.sections, "--only", args.only, "--scratch-mib", str(args.scratch_mib)]
+    command += ["--dry"] if args.dry else []
     workers = [
         subprocess.Popen([*command, "--worker", f"{i}/{jobs}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
         for i in range(jobs)
@@ -217,7 +218,8 @@ def compile_ahead(args: argparse.Namespace, jobs: int) -> None:
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
-    print(f"-- compiled ahead by {jobs} processes: {time.monotonic() - begun:.0f} s", flush=True)
+    lost = sum(worker.returncode != 0 for worker in workers)
+    print(f"-- compiled ahead by {jobs} processes, {lost} of them lost: {time.monotonic() - begun:.0f} s", flush=True)
 
 
 def verdicts(run: Run) -> list[dict[str, Any]]:
