@@ -15,7 +15,7 @@ from xattn.experiments.configfile import load_config
 from xattn.experiments.data import check_corpus
 from xattn.experiments.device import pick_device, pick_precision
 from xattn.experiments.judge import AS_TRAINED, judge_all
-from xattn.experiments.loop import backend_summary
+from xattn.experiments.outcome import backend_summary
 from xattn.experiments.record import say
 from xattn.experiments.schema import EvaluateConfig
 from xattn.experiments.sources import load_corpus

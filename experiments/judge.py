@@ -52,6 +52,14 @@ def judge_all(
     return {"val": by_length[AS_TRAINED][str(seq_len)], "val_by_length": by_length, "val_by_position": by_position}
 
 
+def judge(
+    model: Any, blocks: Batch, corpus: Corpus, eval_config: EvalConfig, *, device: torch.device, precision: str
+) -> dict[str, Any]:
+    """The score of a model, as it is, on these blocks."""
+    nll_bn = token_nll(model, blocks, batch_tokens=eval_config.batch_tokens, device=device, precision=precision)
+    return score(nll_bn, blocks.ids_bn[:, 1:], corpus)
+
+
 def token_nll(model: Any, blocks: Batch, *, batch_tokens: int, device: torch.device, precision: str) -> torch.Tensor:
     """Nats of each predicted token, float64 on the CPU, shape (b, n); the blocks hold n + 1 ids."""
     ar = xattn.AutoregressiveWrapper(model)
