@@ -227,13 +227,14 @@ def _hugging_face(data: DataConfig) -> tuple[list[bytes], list[bytes] | None]:
         raise ConfigError("data.source=hf streams, and needs data.max_train_tokens to know when to stop")
     try:
         stream = datasets.load_dataset(data.path, data.hf_config, split="train", streaming=True)
-        documents, size = [], 0
-        # No tokeniser here makes more than one token a byte; the share that is held out comes on top.
-        wanted = data.max_train_tokens / (1.0 - data.val_fraction) * (1 if data.tokenizer == "bytes" else 5)
+        documents, size, longest = [], 0, 0
+        # No tokeniser here makes a token of more than five bytes on average; what is held out comes on top, and it is whole
+        # documents: up to one more than its share.
+        wanted = data.max_train_tokens * (1 if data.tokenizer == "bytes" else 5)
         for row in stream:
             documents.append(row[data.text_field].encode("utf-8"))
-            size += len(documents[-1])
-            if size > wanted:
+            size, longest = size + len(documents[-1]), max(longest, len(documents[-1]))
+            if size * (1.0 - data.val_fraction) - longest >= wanted:
                 break
     except KeyError:
         raise ConfigError(f"{data.path} has no column '{data.text_field}'; use data.text_field=NAME") from None
