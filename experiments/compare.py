@@ -1,6 +1,6 @@
 """xattn-compare: train variants of one run on equal tokens, and report what each costs and buys.
 
-xattn-compare                          the quick study: two CPU cores, under ten minutes
+xattn-compare                          the quick study: two CPU cores, or one GPU, about ten minutes
 xattn-compare +sweep=NAME seed=0,1,2   a study of configs/sweep, over seeds
 xattn-compare runs=DIR                 report on run directories that exist already
 """
@@ -9,6 +9,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from xattn import ConfigError
 from xattn.experiments import record
@@ -22,7 +24,7 @@ from xattn.experiments.record import say
 from xattn.experiments.report import notes, print_report, tables, write_report
 from xattn.experiments.schema import CompareConfig, RunConfig
 
-DEFAULT_SWEEP = "quick"
+DEFAULT_SWEEP, GPU_SWEEP = "quick", "quick_gpu"
 STUDY = "study.json"
 
 
@@ -46,7 +48,7 @@ def _body(argv: list[str]) -> int:
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """What users type, as Hydra spells it: `+sweep=x`, `seeds=[0,1]`; without a sweep, the quick one."""
+    """What users type, as Hydra spells it: `+sweep=x`, `seeds=[0,1]`; without a sweep, the quick one for this machine."""
     spelled = []
     for arg in argv:
         if arg.startswith("sweep="):
@@ -56,7 +58,8 @@ def arguments(argv: list[str]) -> list[str]:
         spelled.append(arg)
     names = [arg.split("=", 1)[0].lstrip("+") for arg in spelled]
     if not any(name in ("sweep", "runs") or name.startswith("variants") for name in names):
-        spelled.append(f"+sweep={DEFAULT_SWEEP}")
+        on_gpu = torch.cuda.is_available() and "trainer.device=cpu" not in spelled
+        spelled.append(f"+sweep={GPU_SWEEP if on_gpu else DEFAULT_SWEEP}")
     return spelled
 
 

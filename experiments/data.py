@@ -16,10 +16,14 @@ from xattn.experiments.schema import TrainerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Tokens in one row. `starts`: where each document begins, ascending from 0; None where they are one document."""
+    """Tokens in one row. `starts`: where each document begins, ascending from 0; None where they are one document.
+
+    `stride`: training sequences begin at its multiples, so that passages of a fixed size are not cut.
+    """
 
     ids: np.ndarray
     starts: np.ndarray | None = None
+    stride: int = 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -34,9 +38,9 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A text's two parts. `token_bytes[v]`: bytes of text that token v stands for; `decode`: ids back to text.
+    """A text's two parts. `token_bytes[v]`: bytes of text that token v stands for; `encode`, `decode`: text to ids and back.
 
-    Either is None where the tokeniser cannot say.
+    Each is None where the tokeniser cannot say.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Corpus:
     val: Part
     token_bytes: np.ndarray | None
     decode: Callable[[np.ndarray], str] | None = None
+    encode: Callable[[bytes], np.ndarray] | None = None
 
     def bytes_of(self, ids: np.ndarray) -> int | None:
         """Bytes of text behind these ids."""
@@ -108,8 +113,9 @@ def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_le
     it: resuming needs no loader state, and accumulation or the number of processes changes nothing.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    starts = generator.integers(0, len(corpus.train) - seq_len, size=batch_size)
-    return _cut(corpus.train, starts, seq_len)
+    stride = corpus.train.stride
+    places = generator.integers(0, (len(corpus.train) - seq_len - 1) // stride + 1, size=batch_size)
+    return _cut(corpus.train, places * stride, seq_len)
 
 
 def eval_blocks(corpus: Corpus, *, tokens: int, length: int, longest: int) -> Batch:

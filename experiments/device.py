@@ -1,6 +1,7 @@
 """Where and in which precision a run computes."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,18 @@ def pick_precision(trainer: TrainerConfig, device: torch.device) -> str:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def evaluating(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    """Within: no gradients, no dropout, the precision of the run. The model's mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def loss_module(model: Any, trainer: TrainerConfig) -> nn.Module:

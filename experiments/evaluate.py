@@ -15,7 +15,7 @@ from xattn.experiments.configfile import load_config
 from xattn.experiments.data import check_corpus
 from xattn.experiments.device import pick_device, pick_precision
 from xattn.experiments.judge import AS_TRAINED, judge_all
-from xattn.experiments.loop import backend_summary
+from xattn.experiments.outcome import backend_summary
 from xattn.experiments.record import say
 from xattn.experiments.schema import EvaluateConfig
 from xattn.experiments.sources import load_corpus
@@ -46,6 +46,7 @@ def evaluate(asked: EvaluateConfig) -> dict[str, Any]:
         raise ConfigError(f"run={run_dir} is no finished run: it has no {record.CONFIG} with a model/ beside it")
     config = load_config(run_dir / record.CONFIG)
     config.eval = asked.eval
+    config.check()
     check_flags(config)
     device = pick_device(config.trainer)
     corpus = load_corpus(config.data)
@@ -84,6 +85,12 @@ def _show(judged: dict[str, Any], *, name: str, backend: str, flags: dict[str, A
                 continue
             bits = f"{entry['bpb']:.4f} bits per byte, " if entry["bpb"] is not None else ""
             say(f"  {length:>6} tokens{label}: {bits}perplexity {entry['ppl']:.3f}")
+            asked = (judged["passkey"] or {}).get(extension, {}).get(length, {})
+            if "error" in asked:
+                say(f"  {length:>6} tokens{label}: no pass key: {asked['error']}")
+            elif asked:
+                shares = ", ".join(f"{found['accuracy']:.0%} at depth {depth}" for depth, found in asked.items())
+                say(f"  {length:>6} tokens{label}: pass key found: {shares}")
 
 
 def _next_path(folder: Path) -> Path:

@@ -12,7 +12,8 @@ import torch
 import xattn
 from xattn import ConfigError
 from xattn.experiments.data import Batch, Corpus, batches, eval_blocks
-from xattn.experiments.device import autocast
+from xattn.experiments.device import evaluating
+from xattn.experiments.passkey import retrieve
 from xattn.experiments.schema import EvalConfig
 
 AS_TRAINED = "none"
@@ -30,41 +31,62 @@ def judge_all(
 ) -> dict[str, Any]:
     """Judge at every length, as trained and with every extension; `before_each` is called before each of them.
 
-    Returns: `val` (trained length, no extension), `val_by_length` {extension: {length: score}} and `val_by_position`
-    {extension: {length: [score of each bucket]}}. Where the model cannot do what was asked, a score is {"error": why}.
+    Returns: `val` (trained length, no extension), `val_by_length` {extension: {length: score}}, `val_by_position`
+    {extension: {length: [score of each bucket]}} and `passkey` {extension: {length: {depth: found}}}, which is None where
+    eval.passkey.trials is 0. Where the model cannot do what was asked, {"error": why} stands in.
     """
     by_length: dict[str, dict[str, Any]] = {}
     by_position: dict[str, dict[str, Any]] = {}
+    passkey: dict[str, dict[str, Any]] = {}
     longest = max(eval_config.length_factors) * seq_len
+    where = {"batch_tokens": eval_config.batch_tokens, "device": device, "precision": precision}
     for name, flags in {AS_TRAINED: {}, **eval_config.extensions}.items():
-        by_length[name], by_position[name] = {}, {}
+        by_length[name], by_position[name], passkey[name] = {}, {}, {}
         for length in sorted({factor * seq_len for factor in eval_config.length_factors}):
             before_each()
             blocks = eval_blocks(corpus, tokens=eval_config.tokens, length=length, longest=longest)
             try:
                 judged = _with_flags(model, eval_config.flags | flags)
-                nll_bn = token_nll(judged, blocks, batch_tokens=eval_config.batch_tokens, device=device, precision=precision)
+                nll_bn = token_nll(judged, blocks, **where)
             except (ConfigError, xattn.TokenError) as error:
-                by_length[name][str(length)] = {"error": str(error)}
+                by_length[name][str(length)] = passkey[name][str(length)] = {"error": str(error)}
                 continue
             by_length[name][str(length)] = score(nll_bn, blocks.ids_bn[:, 1:], corpus)
             by_position[name][str(length)] = score_positions(nll_bn, buckets=eval_config.position_buckets)
-    return {"val": by_length[AS_TRAINED][str(seq_len)], "val_by_length": by_length, "val_by_position": by_position}
+            if eval_config.passkey.trials:
+                before_each()
+                passkey[name][str(length)] = _retrieved(judged, corpus, eval_config, length=length, **where)
+    return {
+        "val": by_length[AS_TRAINED][str(seq_len)],
+        "val_by_length": by_length,
+        "val_by_position": by_position,
+        "passkey": passkey if eval_config.passkey.trials else None,
+    }
+
+
+def _retrieved(model: Any, corpus: Corpus, eval_config: EvalConfig, **how: Any) -> dict[str, Any]:
+    try:
+        return retrieve(model, corpus, eval_config.passkey, **how)
+    except ConfigError as error:  # a prompt too short for key and question
+        return {"error": str(error)}
+
+
+def judge(
+    model: Any, blocks: Batch, corpus: Corpus, eval_config: EvalConfig, *, device: torch.device, precision: str
+) -> dict[str, Any]:
+    """The score of a model, as it is, on these blocks."""
+    nll_bn = token_nll(model, blocks, batch_tokens=eval_config.batch_tokens, device=device, precision=precision)
+    return score(nll_bn, blocks.ids_bn[:, 1:], corpus)
 
 
 def token_nll(model: Any, blocks: Batch, *, batch_tokens: int, device: torch.device, precision: str) -> torch.Tensor:
     """Nats of each predicted token, float64 on the CPU, shape (b, n); the blocks hold n + 1 ids."""
     ar = xattn.AutoregressiveWrapper(model)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast(device, precision):
-            parts = [
-                ar.token_nll(group.ids_bn, doc_ids=group.doc_ids_bn, extrapolate=True).double().cpu()
-                for group in (group.to(device) for group in batches(blocks, batch_tokens))
-            ]
-    finally:
-        model.train(was_training)
+    with evaluating(model, device, precision):
+        parts = [
+            ar.token_nll(group.ids_bn, doc_ids=group.doc_ids_bn, extrapolate=True).double().cpu()
+            for group in (group.to(device) for group in batches(blocks, batch_tokens))
+        ]
     return torch.cat(parts)
 
 

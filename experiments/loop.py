@@ -1,8 +1,6 @@
-"""The training loop: one run from its config to its result. worker.py runs it in a process of its own."""
+"""The training loop: one run from its config to trained weights, which outcome.py judges. worker.py runs it in a process."""
 
-import itertools
 import math
-import resource
 import statistics
 import time
 from dataclasses import asdict
@@ -19,9 +17,9 @@ from xattn.experiments.data import Batch, Corpus, Seen, check_corpus, eval_block
 from xattn.experiments.device import autocast, loss_module, peak_flops, pick_device, pick_precision, synchronise
 from xattn.experiments.distributed import join
 from xattn.experiments.ema import build_ema, ema_state, restore_ema
-from xattn.experiments.judge import judge_all, score, token_nll
-from xattn.experiments.memory import MAXRSS_UNIT
+from xattn.experiments.judge import judge
 from xattn.experiments.optim import build_optimiser, lr_factor, restore_state
+from xattn.experiments.outcome import Trained, backend_summary, conclude, own_memory, summary, val_row
 from xattn.experiments.progress import Display
 from xattn.experiments.record import say
 from xattn.experiments.samples import keep_samples, write_samples
@@ -43,7 +41,7 @@ class Diverged(Exception):
 
 
 class Trainer:
-    """One run from config to result. The order of `run` is the order of the story."""
+    """One run from its config to its end. The order of `run` is the order of the story."""
 
     def __init__(self, config: RunConfig, run_dir: Path, *, quiet: bool, stop: dict[str, Any]) -> None:
         self.config, self.run_dir, self.quiet, self.stop = config, run_dir, quiet, stop
@@ -75,9 +73,10 @@ class Trainer:
         try:
             self._train()
             self._gather()
-            result = self._result()
+            say("judging")
+            result = conclude(self._trained(), tell=self._tell, keep=self._keep_samples, before_each=self._stop_if_asked)
             record.write_json(self.run_dir / record.RESULT, result)
-            self.mirror.summary(_summary(result))
+            self.mirror.summary(summary(result))
             checkpoint.remove_checkpoints(self.run_dir)
             finished = True
             return result
@@ -243,10 +242,13 @@ class Trainer:
         if not self.ranks.first:
             return
         if len(row) > 2:
-            self.metrics.write(row)
-            self.mirror.log(row)
+            self._tell(row)
         self._keep_samples(samples)
         self._line(loss, row, last=last)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        self.mirror.log({name: value for name, value in row.items() if value is not None})
 
     def _judged(self) -> Any:
         """The weights that count: the average where there is one, else the model."""
@@ -262,18 +264,12 @@ class Trainer:
             keep_samples(self.run_dir)
 
     def _quick_eval(self) -> dict[str, float]:
-        seq_len = self.config.trainer.seq_len
-        blocks = eval_blocks(self.corpus, tokens=self.config.eval.every_tokens, length=seq_len, longest=seq_len)
+        seq_len, config = self.config.trainer.seq_len, self.config.eval
+        blocks = eval_blocks(self.corpus, tokens=config.every_tokens, length=seq_len, longest=seq_len)
 
         def values(model: Any, prefix: str) -> dict[str, float]:
-            nll_bn = token_nll(
-                model,
-                blocks,
-                batch_tokens=self.config.eval.batch_tokens,
-                device=self.device,
-                precision=self.precision,
-            )
-            return _val_row(score(nll_bn, blocks.ids_bn[:, 1:], self.corpus), prefix)
+            scored = judge(model, blocks, self.corpus, config, device=self.device, precision=self.precision)
+            return {name: value for name, value in val_row(scored, prefix).items() if value is not None}
 
         raw = values(self.model, "val/raw_") if self.ema is not None else {}
         return values(self._judged(), "val/") | raw
@@ -342,95 +338,33 @@ class Trainer:
 
     def _gather(self) -> None:
         """Put shards together and let the other ranks go: judging needs one process."""
-        self.own_memory = self._own_memory()
+        # A run resumed after its last step trained nothing in this process.
+        self.own_memory = own_memory(self.device) if self.step_seconds else {}
         self.model = self.ranks.whole(self.model)
         if self.ema is not None:
             self.ema.module = self.ranks.whole(self.ema.module)
         self.ranks.leave()
         self.display.close()
 
-    def _own_memory(self) -> dict[str, Any]:
-        """The peak of this very process while it trained, everything in it included; the probes compare better."""
-        if not self.step_seconds:
-            return {}  # resumed after its last step: this process trained nothing
-        if self.device.type == "cuda":
-            return {
-                "run_peak_bytes": torch.cuda.max_memory_allocated(self.device),
-                "run_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
-                "run_method": "cuda max_memory_allocated of the training process",
-            }
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
-        return {"run_peak_bytes": peak, "run_method": "ru_maxrss of the training process, interpreter and corpus included"}
-
-    def _judge(self, model: Any) -> dict[str, Any]:
-        return judge_all(
-            model,
-            self.corpus,
-            self.config.eval,
-            seq_len=self.config.trainer.seq_len,
+    def _trained(self) -> Trained:
+        return Trained(
+            config=self.config,
+            run_dir=self.run_dir,
+            model=self.model,
+            average=None if self.ema is None else self.ema.module,
+            corpus=self.corpus,
             device=self.device,
             precision=self.precision,
-            before_each=self._stop_if_asked,
-        )
-
-    def _judge_raw(self) -> dict[str, Any] | None:
-        """The score of the weights that the average stands in for; None where nothing stands in."""
-        if self.ema is None:
-            return None
-        trainer, every = self.config.trainer, self.config.eval
-        longest = max(every.length_factors) * trainer.seq_len
-        blocks = eval_blocks(self.corpus, tokens=every.tokens, length=trainer.seq_len, longest=longest)
-        model = self.model.with_flags(**every.flags) if every.flags else self.model
-        nll_bn = token_nll(model, blocks, batch_tokens=every.batch_tokens, device=self.device, precision=self.precision)
-        return score(nll_bn, blocks.ids_bn[:, 1:], self.corpus)
-
-    def _result(self) -> dict[str, Any]:
-        config, trainer = self.config, self.config.trainer
-        say("judging")
-        judged, raw = self._judge(self._judged()), self._judge_raw()
-        row = {"step": self.progress.step, "tokens": trainer.tokens}
-        row |= _val_row(judged["val"], "val/", keep_none=True) | _val_row(raw or {}, "val/raw_")
-        self.metrics.write(row)
-        self.mirror.log({name: value for name, value in row.items() if value is not None})
-        self._keep_samples(self._samples())
-        _save_model(self._judged(), self.run_dir / "model")
-        if self.ema is not None:
-            say(f"model/ holds the average of the weights: {judged['val'].get('loss_nats')} nats, raw {raw['loss_nats']}")
-        spec = self.model.spec
-        memory = record.read_json(self.run_dir / record.MEMORY) or {"error": "not measured"}
-        memory |= self.own_memory
-        memory["kv_bytes_per_token"] = xattn.accounting.kv_bytes(spec, trainer.seq_len) / trainer.seq_len
-        return {
-            "status": record.COMPLETED,
-            "name": config.name,
-            "seed": config.seed,
-            "flags": {"given": config.model, "resolved": xattn.to_flags(spec)},
-            "backends": self.model.backends(),
-            "params": self.params,
-            "tokens": trainer.tokens,
-            **judged,
-            "weights": "raw" if self.ema is None else "ema",
-            "ema": None if self.ema is None else {"decay": trainer.ema_decay, "val": judged["val"], "raw_val": raw},
-            **self.watch.result(),
-            "memory": memory,
-            "tokens_per_second": self._tokens_per_second(),
-            "train_seconds": self.progress.seconds,
-            "train_flops": xattn.accounting.train_flops(spec, trainer.seq_len) * trainer.steps * trainer.batch_size,
-            "mfu": self._mfu(),
-            "device": str(self.device),
-            "precision": self.precision,
-            "activation_checkpointing": trainer.activation_checkpointing,
-            "compile": trainer.compile,
-            "optimiser": config.optim.name,
-            "strategy": trainer.strategy,
-            "processes": trainer.processes,
-            "data": {
-                "corpus": self.corpus.name,
-                "tokenizer": self.corpus.tokenizer,
-                "tokens_seen_digest": self.seen.digest,
+            seen=self.seen.digest,
+            memory=self.own_memory,
+            facts={
+                "params": self.params,
+                **self.watch.result(),
+                "tokens_per_second": self._tokens_per_second(),
+                "train_seconds": self.progress.seconds,
+                "mfu": self._mfu(),
             },
-            **record.provenance(),
-        }
+        )
 
 
 _CURE = "use a smaller optim.lr or a longer warm-up"
@@ -444,38 +378,3 @@ def _check_finite(loss: float, grad_norm: float, step: int) -> None:
 
 def _local(p: torch.Tensor) -> torch.Tensor:
     return p.to_local() if hasattr(p, "to_local") else p
-
-
-def _val_row(values: dict[str, Any], prefix: str, *, keep_none: bool = False) -> dict[str, Any]:
-    row = {f"{prefix}{name}": values.get(name) for name in ("loss_nats", "ppl", "bpb")}
-    return row if keep_none else {name: value for name, value in row.items() if value is not None}
-
-
-def backend_summary(backends: list[dict[str, Any]]) -> str:
-    """`sdpa`, or, where layers differ, `sdpa 0-2, reference 3`: which back-end each layer runs on."""
-    names = [str(row["backend"]) for row in backends]
-    if len(set(names)) == 1:
-        return names[0]
-    parts, first = [], 0
-    for name, group in itertools.groupby(names):
-        last = first + len(list(group)) - 1
-        parts.append(f"{name} {first}" if first == last else f"{name} {first}-{last}")
-        first = last + 1
-    return ", ".join(parts)
-
-
-def _summary(result: dict[str, Any]) -> dict[str, Any]:
-    flat = {f"final/{name}": value for name, value in result["val"].items()}
-    flat |= {f"mem/{name}": value for name, value in result["memory"].items() if isinstance(value, int | float)}
-    return flat | {"perf/tokens_per_second_median": result["tokens_per_second"], "params": result["params"]}
-
-
-def _save_model(model: Any, path: Path) -> None:
-    import os
-    import shutil
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    xattn.save(model, temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)

@@ -44,8 +44,12 @@ def measure(config: RunConfig, kind: str) -> dict[str, Any]:
         torch.set_num_threads(config.trainer.threads)
     step = _train_steps if kind == "train" else _infer_step
     rows, length = config.trainer.forward_rows, config.trainer.seq_len
-    # Once at a tiny shape first: libraries, thread pools and kernels stay resident for ever and belong to no variant.
-    step(config, device, rows=1, length=min(length, 16))
+    # Once before it counts: libraries, thread pools and kernels stay resident for ever and belong to no variant.
+    if kind == "train" and _compiles(config.trainer, device):
+        # At its own shape: the compiler would take a second shape's sizes as unknowns and build other code, or fail.
+        step(config, device, rows=rows, length=length)
+    else:
+        step(config, device, rows=1, length=min(length, 16))
     _give_back(device)
     baseline = _reset_peak(device)
     state_bytes = step(config, device, rows=rows, length=length)
@@ -59,9 +63,7 @@ def measure(config: RunConfig, kind: str) -> dict[str, Any]:
 def _train_steps(config: RunConfig, device: torch.device, *, rows: int, length: int) -> int:
     model = xattn.build(config.model).to(device)
     ema = build_ema(model, config.trainer.ema_decay)
-    # On the CPU a compiler's own memory would drown the step's: there the step is measured as it is without it.
-    trainer = config.trainer if device.type == "cuda" else replace(config.trainer, compile=False)
-    ar = loss_module(model, trainer)
+    ar = loss_module(model, replace(config.trainer, compile=_compiles(config.trainer, device)))
     optimiser = build_optimiser(model, config.optim)
     ids_bn = torch.zeros(rows, length + 1, dtype=torch.int64, device=device)
     for _ in range(2):
@@ -76,6 +78,11 @@ def _train_steps(config: RunConfig, device: torch.device, *, rows: int, length: 
     states = [t for state in optimiser.state.values() for t in state.values() if torch.is_tensor(t)]
     averages = [] if ema is None else list(ema.parameters())
     return gradients + sum(t.nbytes for t in (*model.parameters(), *states, *averages))
+
+
+def _compiles(trainer: TrainerConfig, device: torch.device) -> bool:
+    """Whether the measured step is compiled. On the CPU a compiler's own memory would drown the step's."""
+    return trainer.compile and device.type == "cuda"
 
 
 def _infer_step(config: RunConfig, device: torch.device, *, rows: int, length: int) -> int:

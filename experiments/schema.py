@@ -10,7 +10,7 @@ from typing import Any
 
 from xattn import ConfigError
 
-SOURCES = ("shakespeare", "text", "bin", "hf")
+SOURCES = ("shakespeare", "text", "bin", "hf", "passkey")
 TOKENIZERS = ("bytes", "bpe", "gpt2")
 OPTIMISERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
@@ -29,6 +29,7 @@ _READ_BY = {
     "document_mask": ("shakespeare", "hf", "text"),
     "text_field": ("hf", "text"),
     "hf_config": ("hf",),
+    "passage_tokens": ("passkey",),
 }
 
 
@@ -46,7 +47,8 @@ class DataConfig:
     text_field: str = "text"  # of a .jsonl line or a Hugging Face row
     document_mask: bool = True  # attention and positions stop at document ends
     hf_config: str | None = None
-    max_train_tokens: int | None = None
+    max_train_tokens: int | None = None  # passkey: how many are made; None: 2,000,000
+    passage_tokens: int = 256  # passkey only: tokens of one passage, within which keys are asked for
 
     def check(self) -> None:
         _choice("data.source", self.source, SOURCES)
@@ -58,10 +60,12 @@ class DataConfig:
             raise ConfigError(f"data.vocab_size={self.vocab_size} is too small for a BPE: 256 bytes and a separator; use 8192")
         if self.max_train_tokens is not None:
             _positive("data.max_train_tokens", self.max_train_tokens)
-        if self.source != "shakespeare" and self.path is None:
+        _positive("data.passage_tokens", self.passage_tokens)
+        without_path = self.source in ("shakespeare", "passkey")
+        if not without_path and self.path is None:
             raise ConfigError(f"data.source={self.source} reads data.path, which is not given; use data.path=...")
-        if self.source == "shakespeare" and self.path is not None:
-            raise ConfigError(f"data.path={self.path} has no effect: data.source is shakespeare; use data.source=text")
+        if without_path and self.path is not None:
+            raise ConfigError(f"data.path={self.path} has no effect: data.source is {self.source}; use data.source=text")
         for name, sources in _READ_BY.items():
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != default and self.source not in sources:
@@ -244,6 +248,26 @@ def check_tensorboard() -> None:
 
 
 @dataclass(kw_only=True)
+class PasskeyConfig:
+    """A key planted in a prompt and asked for at its end, at every evaluation length; see experiments/passkey.py."""
+
+    trials: int = 0  # prompts of each length and depth; 0: retrieval is not judged
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])  # 0: key at the start, 1: at the end
+    seed: int = 0  # of keys, filler and places
+
+    def check(self) -> None:
+        if self.trials < 0:
+            raise ConfigError(f"eval.passkey.trials={self.trials} is negative; use 0 for none")
+        if not self.depths or not all(0.0 <= depth <= 1.0 for depth in self.depths):
+            raise ConfigError(f"eval.passkey.depths={list(self.depths)} must be at least one depth from 0 to 1; use [0,0.5,1]")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"eval.passkey.seed={self.seed} is not in 0..2**32-1; use 0")
+        given = [name for name in ("depths", "seed") if getattr(self, name) != getattr(PasskeyConfig(), name)]
+        if given and not self.trials:
+            raise ConfigError(f"eval.passkey.{given[0]} has no effect: eval.passkey.trials is 0; use eval.passkey.trials=20")
+
+
+@dataclass(kw_only=True)
 class EvalConfig:
     """One fixed set of validation tokens, judged at several lengths and with evaluation-time flags."""
 
@@ -255,6 +279,7 @@ class EvalConfig:
     flags: dict[str, Any] = field(default_factory=dict)  # evaluation-time flags of every evaluation
     extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> evaluation-time flags
     position_buckets: int = 8
+    passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
 
     def check(self) -> None:
         for name in ("tokens", "every_tokens", "batch_tokens", "position_buckets"):
@@ -268,6 +293,7 @@ class EvalConfig:
             )
         if "none" in self.extensions:
             raise ConfigError("eval.extensions: the name none is taken by the model as trained; use another name")
+        self.passkey.check()
 
 
 @dataclass(kw_only=True)
@@ -291,6 +317,11 @@ class RunConfig:
             raise ConfigError(f"seed={self.seed} is not in 0..2**32-1; use seed=0")
         for group in (self.data, self.optim, self.schedule, self.trainer, self.tracking, self.eval):
             group.check()
+        if self.eval.passkey.trials and self.data.source == "bin":
+            raise ConfigError(
+                f"eval.passkey.trials={self.eval.passkey.trials} writes a sentence into text, and data.source=bin has no "
+                "tokeniser to write with; use data.source=text, or eval.passkey.trials=0"
+            )
         if self.trainer.strategy != "none" and not self.isolate:
             raise ConfigError(
                 f"trainer.strategy={self.trainer.strategy} starts processes of its own, and isolate=false asks for none; "

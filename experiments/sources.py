@@ -1,4 +1,4 @@
-"""Where texts come from: the embedded corpus, your own files, nanoGPT token files, or a Hugging Face data set."""
+"""Where texts come from: the embedded corpus, your own files, nanoGPT token files, a Hugging Face data set, or none: passkeys."""
 
 import glob
 import gzip
@@ -14,6 +14,7 @@ import numpy as np
 
 from xattn import ConfigError
 from xattn.experiments.data import Corpus, Part
+from xattn.experiments.passkey import VOCABULARY, passkey_corpus
 from xattn.experiments.record import read_json, say, write_json
 from xattn.experiments.schema import DataConfig
 from xattn.experiments.tokenise import VOCABULARIES, Tokeniser, encode_part, tokeniser_for
@@ -21,6 +22,7 @@ from xattn.experiments.tokenise import VOCABULARIES, Tokeniser, encode_part, tok
 CORPORA = Path(__file__).resolve().parent / "corpora"
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _TOKEN_TYPES = ("uint8", "uint16", "uint32", "int32", "int64")
+_PASSKEY_TOKENS = 2_000_000
 _OFFLINE = "without a network use data=shakespeare, or data=text with files of your own"
 
 
@@ -30,6 +32,8 @@ def vocabulary_of(data: DataConfig) -> int | None:
     Raises:
         ConfigError: a token file's meta.json that is not one.
     """
+    if data.source == "passkey":
+        return VOCABULARY
     if data.source != "bin":
         return data.vocab_size if data.tokenizer == "bpe" else VOCABULARIES[data.tokenizer]
     meta = read_json(Path(str(data.path)) / "meta.json")
@@ -47,6 +51,8 @@ def load_corpus(data: DataConfig) -> Corpus:
     """
     if data.source == "bin":
         return _token_files(data)
+    if data.source == "passkey":
+        return passkey_corpus(tokens=data.max_train_tokens or _PASSKEY_TOKENS, passage=data.passage_tokens)
     if data.source == "shakespeare":
         name, train, val = "Tiny Shakespeare", [(CORPORA / "tinyshakespeare.txt").read_bytes()], None
     elif data.source == "text":
@@ -129,6 +135,7 @@ def _tokenised(data: DataConfig, name: str, train: list[bytes], val: list[bytes]
         vocabulary=tokeniser.vocabulary,
         token_bytes=tokeniser.token_bytes,
         decode=tokeniser.decode,
+        encode=tokeniser.encode,
         **parts,
     )
 
@@ -220,13 +227,14 @@ def _hugging_face(data: DataConfig) -> tuple[list[bytes], list[bytes] | None]:
         raise ConfigError("data.source=hf streams, and needs data.max_train_tokens to know when to stop")
     try:
         stream = datasets.load_dataset(data.path, data.hf_config, split="train", streaming=True)
-        documents, size = [], 0
-        # No tokeniser here makes more than one token a byte; the share that is held out comes on top.
-        wanted = data.max_train_tokens / (1.0 - data.val_fraction) * (1 if data.tokenizer == "bytes" else 5)
+        documents, size, longest = [], 0, 0
+        # No tokeniser here makes a token of more than five bytes on average; what is held out comes on top, and it is whole
+        # documents: up to one more than its share.
+        wanted = data.max_train_tokens * (1 if data.tokenizer == "bytes" else 5)
         for row in stream:
             documents.append(row[data.text_field].encode("utf-8"))
-            size += len(documents[-1])
-            if size > wanted:
+            size, longest = size + len(documents[-1]), max(longest, len(documents[-1]))
+            if size * (1.0 - data.val_fraction) - longest >= wanted:
                 break
     except KeyError:
         raise ConfigError(f"{data.path} has no column '{data.text_field}'; use data.text_field=NAME") from None

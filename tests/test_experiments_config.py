@@ -158,10 +158,41 @@ def test_an_experiment_overrides_what_the_groups_say() -> None:
     assert composed("train", "run_dir=x", "+experiment=selective").model["attn_selective"] is True
 
 
-def test_seeds_and_sweeps_are_spelled_as_users_type_them() -> None:
+def test_seeds_and_sweeps_are_spelled_as_users_type_them(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert compare.arguments(["seed=0,1,2"]) == ["seeds=[0,1,2]", "+sweep=quick"]
     assert compare.arguments(["sweep=x", "model.dim=64"]) == ["+sweep=x", "model.dim=64"]
     assert compare.arguments(["runs=old"]) == ["runs=old"]
+
+
+def test_a_gpu_gets_the_larger_quick_study_unless_the_cpu_is_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert compare.arguments([]) == ["+sweep=quick_gpu"]
+    assert compare.arguments(["trainer.device=cpu"]) == ["trainer.device=cpu", "+sweep=quick"]
+    assert compare.arguments(["+sweep=passkey"]) == ["+sweep=passkey"]
+
+
+@pytest.mark.parametrize("override", shipped("sweep"))
+def test_extensions_of_a_shipped_study_reach_its_longest_length(override: str) -> None:
+    """Self-Extend's farthest distance must stay within the trained ones, and a stretch must be as long as some length."""
+    config = composed("compare", "+" + override)
+    length, longest = config.trainer.seq_len, config.trainer.seq_len * max(config.eval.length_factors)
+    extended = config.eval.extensions
+    # A list has one value a layer, null where the layer's own window is short already.
+    given = (extended["self_extend"][f"self_extend_{part}"] for part in ("window", "group"))
+    window, group = (value[-1] if isinstance(value, list) else value for value in given)
+    assert window == length // 4 and window + (longest - window) / group < length
+    factors = {flags["rope_scaling_factor"] for flags in extended.values() if "rope_scaling" in flags}
+    assert max(factors) == longest / length and factors <= set(config.eval.length_factors)
+    first = next(job.config for job in compare.plan(config, Path("study")) if job.config.name == config.extended[0])
+    assert first.eval.extensions == extended
+    for flags in extended.values():
+        assert xattn.parse(first.model | flags) != xattn.parse(first.model)
+
+
+def test_every_cpu_study_can_be_judged_at_eight_times_its_length() -> None:
+    eight = composed("compare", "+sweep=attention_variants", "eval=extensions_8x").eval
+    assert eight.length_factors == [1, 2, 4, 8] and "yarn_8x" in eight.extensions and "yarn_2x" not in eight.extensions
 
 
 def test_a_saved_config_reads_back_as_the_same_run(tmp_path: Path) -> None:

@@ -236,8 +236,31 @@ def test_a_data_set_is_streamed_until_there_is_enough(monkeypatch) -> None:
     hugging_face(monkeypatch, rows)
     corpus = load_corpus(DataConfig(source="hf", path="someone/something", max_train_tokens=100))
     assert len(corpus.train) == 100 and bytes(corpus.train.ids[:26]) == b"document 000\0document 001\0"
-    # The last document alone is held out, and a document alone needs no separator.
-    assert bytes(corpus.val.ids) == b"document %03d" % taken[-1] and len(taken) < 20
+    held = bytes(corpus.val.ids).decode().strip("\0").split("\0")
+    assert held == [f"document {number:03d}" for number in taken[-len(held) :]] and len(taken) < 20
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_the_package_itself_streams_a_folder_of_files(tmp_path, ending: str) -> None:
+    pytest.importorskip("datasets")
+    words = [f"document {number:03d} " + "word " * (number % 7) for number in range(200)]
+    if ending == "jsonl":
+        (tmp_path / "part.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in words))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"body": words}), tmp_path / "part.parquet")
+    data = DataConfig(source="hf", path=str(tmp_path), text_field="body", max_train_tokens=1_000)
+    corpus = load_corpus(data)
+    assert len(corpus.train) == 1_000, "as many tokens as were asked for"
+    assert bytes(corpus.train.ids).decode() == ("\0".join(words) + "\0")[:1_000]
+    held = bytes(corpus.val.ids).decode().strip("\0").split("\0")
+    assert set(held) < set(words)
+    every = load_corpus(replace(data, max_train_tokens=10**6))
+    assert len(every.train) + len(every.val) == sum(map(len, words)) + len(words)
+    with pytest.raises(ConfigError, match="no column 'text'; use data.text_field=NAME"):
+        load_corpus(replace(data, text_field="text"))
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach the Hub"), FileNotFoundError("no such data set"), None])

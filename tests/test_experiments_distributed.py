@@ -102,7 +102,8 @@ def test_shards_finish_a_run_that_one_process_began(alone: dict[str, Path], tmp_
 
 def test_ranks_work_inside_a_sweep(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ["+debug=fast", "trainer.steps=2", "trainer.threads=1", "trainer.device=cpu", "trainer.processes=2", "run_dir=sweep"]
+    trainer = ["trainer.steps=2", "trainer.threads=1", "trainer.device=cpu", "trainer.processes=2"]
+    options = ["+debug=fast", *trainer, "run_dir=sweep"]
     monkeypatch.setattr(sys, "argv", ["xattn-train", "-m", *options, "trainer.strategy=none,fsdp"])
     with pytest.raises(SystemExit) as exit_:
         train.main()

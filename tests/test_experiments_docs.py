@@ -20,7 +20,7 @@ _EVAL = ["eval.tokens=64", "eval.length_factors=[1]"]
 # The toy size: put behind each command, so that it is the last word.
 TINY = [
     "isolate=false", "tracking.mode=disabled", "model.dim=16", "model.heads=2", "trainer.steps=2", "trainer.seq_len=32",
-    "trainer.batch_size=2", "trainer.threads=1", "trainer.memory=false", *_EVAL,
+    "trainer.batch_size=2", "trainer.threads=1", "trainer.memory=false", "trainer.device=cpu", *_EVAL,
 ]  # fmt: skip
 
 

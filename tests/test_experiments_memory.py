@@ -1,6 +1,10 @@
 """Memory: the probe measures the step it says it measures, and not the process around it."""
 
+import pytest
+import torch
+
 import xattn
+from xattn.experiments import memory
 from xattn.experiments.configfile import save_config
 from xattn.experiments.launch import probe_memory
 from xattn.experiments.record import CONFIG
@@ -35,3 +39,22 @@ def test_a_probe_that_dies_leaves_its_reason(tmp_path) -> None:
     save_config(RunConfig(model=FLAGS | {"dim": 2**20, "heads": 1}, trainer=trainer), tmp_path / CONFIG)
     measured = probe_memory(tmp_path)
     assert measured["train_peak_bytes"] is None and "memory" in measured["train_error"]
+
+
+# torch's own compiler does that
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_step_is_compiled_once_and_at_the_shape_that_is_measured(monkeypatch) -> None:
+    compiled, torch_compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append({tuple(t.shape) for t in inputs if torch.is_tensor(t) and t.dtype == torch.int64})
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: torch_compile(module, backend=backend, **options))
+    monkeypatch.setattr(memory, "_compiles", lambda trainer, device: trainer.compile)
+    torch.compiler.reset()
+    trainer = TrainerConfig(batch_size=3, seq_len=37, threads=1, device="cpu", compile=True)
+    config = RunConfig(model=FLAGS | {"dim": 16, "depth": 1, "max_seq_len": 37}, trainer=trainer)
+    memory.measure(config, "train")
+    assert len(compiled) == 1 and (3, 38) in compiled[0]
+    assert not any(isinstance(size, torch.SymInt) for shape in compiled[0] for size in shape)

@@ -14,7 +14,7 @@ import torch
 
 import xattn
 from xattn import ConfigError
-from xattn.experiments import checkpoint, loop, record, train
+from xattn.experiments import checkpoint, loop, outcome, record, train
 from xattn.experiments.launch import launch
 from xattn.experiments.schema import EvalConfig, OptimConfig, RunConfig, TrackingConfig, TrainerConfig
 from xattn.experiments.worker import run
@@ -104,13 +104,13 @@ def test_variants_of_equal_parameters_start_equal_and_see_equal_data(unbroken: P
 
 
 def test_a_run_stopped_while_it_is_judged_keeps_its_training(unbroken: Path, tmp_path: Path, monkeypatch) -> None:
-    judge = loop.judge_all
+    judge = outcome.judge_all
 
     def stopped(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return judge(*args, **options)
 
-    monkeypatch.setattr(loop, "judge_all", stopped)
+    monkeypatch.setattr(outcome, "judge_all", stopped)
     assert launch(tiny(), tmp_path)["status"] == "interrupted"
     monkeypatch.undo()
     monkeypatch.setattr(loop.Trainer, "_step", None)
