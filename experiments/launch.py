@@ -66,7 +66,11 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
         return run(load_config(run_dir / CONFIG), run_dir, quiet=quiet)
     if config.trainer.memory and not (run_dir / MEMORY).exists():
         say(f"{prefix}measuring peak memory")
-        record.write_json(run_dir / MEMORY, probe_memory(run_dir))
+        measured = probe_memory(run_dir)
+        if stopped():
+            stop = (record.INTERRUPTED, "stopped before the first step, while memory was measured")
+            return record.write_failure(run_dir, *stop, name=config.name, seed=config.seed, flags=config.model)
+        record.write_json(run_dir / MEMORY, measured)
     arguments = ["xattn.experiments.worker", str(run_dir), *(["--quiet"] if quiet else [])]
     if config.trainer.strategy != "none":
         processes = f"--nproc-per-node={config.trainer.processes}"
@@ -86,14 +90,23 @@ def probe_memory(run_dir: Path) -> dict[str, Any]:
         path = run_dir / f"memory-{kind}.json"
         path.unlink(missing_ok=True)
         arguments = ["xattn.experiments.memory", str(run_dir), kind]
-        code, tail = _process(arguments, environment=PROBE_ENVIRONMENT, echo=False)
+        code, (_, error) = probe(arguments)
         found = record.read_json(path)
         if code == 0 and found is not None:
             measured |= found
         else:
-            measured |= {f"{kind}_peak_bytes": None, f"{kind}_error": _how_it_ended(code, tail)[1]}
+            measured |= {f"{kind}_peak_bytes": None, f"{kind}_error": error}
         path.unlink(missing_ok=True)
     return measured
+
+
+def probe(arguments: list[str]) -> tuple[int, tuple[str, str]]:
+    """Run `python -m ARGUMENTS` silently, with nothing that hides its memory.
+
+    Returns: the exit code, and for one that is not 0 the status and the reason.
+    """
+    code, tail = _process(arguments, environment=PROBE_ENVIRONMENT, echo=False)
+    return code, _how_it_ended(code, tail)
 
 
 def _process(
@@ -122,8 +135,7 @@ def _process(
             errors="replace",
             env=_WORKER_ENVIRONMENT | os.environ | asked | (environment or {}),
         ) as process,
-        # Probes are short and save nothing: Ctrl-C may end them and this process with them.
-        _forward_signals(process) if echo else nullcontext(),
+        _forward_signals(process),
         following(prefix) as is_progress,
     ):
         for line in process.stdout or ():

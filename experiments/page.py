@@ -16,8 +16,6 @@ th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(-
 th { font-weight: 600; } .left { text-align: left; } tbody tr:first-child { background: var(--soft); }
 .bad { color: var(--bad); white-space: normal; min-width: 16rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; background: white; border-radius: 4px; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 0 1.5rem; }
-@media (max-width: 30rem) { .pictures { grid-template-columns: 1fr; } }
 li { margin: .3rem 0; color: GrayText; }
 """
 
@@ -38,7 +36,7 @@ def page(
     parts += [_table(table) for table in tables]
     if pictures:
         figures = "".join(_figure(folder / name, caption) for name, caption in pictures)
-        parts.append(f'<h2>Pictures</h2><div class="pictures">{figures}</div>')
+        parts.append(f'<h2>Pictures</h2>{figures}')
     parts.append("<h2>How to read this</h2><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>\n'
