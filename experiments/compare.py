@@ -80,7 +80,8 @@ def _study(config: CompareConfig) -> int:
         if result["status"] == record.INTERRUPTED or (stopped() and number < len(jobs)):
             say(f"interrupted; the same command goes on from here ({folder})")
             return 75
-    measure_curves(config, {job.config.name: job.run_dir for job in reversed(jobs)}.items(), folder)
+    first = [(job.config.name, job.run_dir) for job in jobs if job.config.seed == config.seeds[0]]
+    measure_curves(config, first, folder)
     if stopped():
         say(f"interrupted; the same command goes on from here ({folder})")
         return 75
