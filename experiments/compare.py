@@ -48,13 +48,15 @@ def _body(argv: list[str]) -> int:
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """What users type, as Hydra spells it: `+sweep=x`, `seeds=[0,1]`; without a sweep, the quick one."""
+    """What users type, as Hydra spells it: `+sweep=x`, `seeds=[0,1]`, `++variants.mine.depth=2`; without a sweep, the quick one."""
     spelled = []
     for arg in argv:
         if arg.startswith("sweep="):
             arg = "+" + arg
         elif arg.startswith("seed="):
             arg = f"seeds=[{arg.removeprefix('seed=').strip('[]')}]"
+        elif arg.startswith("variants"):
+            arg = "++" + arg  # a variant of one's own is a new key, which Hydra would refuse
         spelled.append(arg)
     names = [arg.split("=", 1)[0].lstrip("+") for arg in spelled]
     if not any(name in ("sweep", "runs") or name.startswith("variants") for name in names):

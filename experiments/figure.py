@@ -30,10 +30,10 @@ class Looks:
 
 
 def panels(figure: Any, titles: Sequence[str]) -> list[Any]:
-    """One panel a title, side by side, at most three; the figure grows with them and leaves room for a legend."""
-    columns = 2 if len(titles) in (2, 4) else min(len(titles), 3)
-    lines = -(-len(titles) // max(columns, 1))
-    figure.set_size_inches(max(columns, 1) * _PANEL[0] + _LEGEND, max(lines, 1) * _PANEL[1] + _TITLE)
+    """One panel a title, two side by side; the figure grows with them and leaves room for a legend."""
+    columns = max(min(len(titles), 2), 1)
+    lines = max(-(-len(titles) // columns), 1)
+    figure.set_size_inches(columns * _PANEL[0] + _LEGEND, lines * _PANEL[1] + _TITLE)
     axes = [figure.add_subplot(lines, columns, place + 1) for place in range(len(titles))]
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, loc="left", fontsize=9.5, color="#444444")

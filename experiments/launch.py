@@ -27,6 +27,9 @@ _MAY_CHANGE = ("tracking.", "isolate", "trainer.log_every", "trainer.save_every"
 # each other: a step then takes up to ten times as long. Not spinning at all costs a third; this short spin costs nothing.
 _WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
+# What launchers of torch and of clusters send to every process of a job, and what would end those that do not listen.
+_USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+
 _stopped = threading.Event()
 
 
@@ -134,6 +137,7 @@ def _process(
             encoding="utf-8",
             errors="replace",
             env=_WORKER_ENVIRONMENT | os.environ | asked | (environment or {}),
+            preexec_fn=_ignore_user_signals,
         ) as process,
         _forward_signals(process),
         following(prefix) as is_progress,
@@ -149,24 +153,39 @@ def _process(
         return process.wait(), tail
 
 
+def _ignore_user_signals() -> None:
+    """In the process to be: a scheduler signals all processes of a job, and one that does not listen would end there."""
+    for number in _USER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def _forward_signals(process: subprocess.Popen) -> Iterator[None]:
-    """A stop request to this process reaches the worker, which saves its state; this process lives on to record it."""
+    """A stop request to this process reaches the worker, which saves its state; this process lives on to record it.
+
+    SIGUSR1 and SIGUSR2 travel as SIGTERM. Whoever listened to them here (submitit: it puts the job back into the queue)
+    hears of them once the worker has saved and ended.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    asked: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
         _stopped.set()
+        asked.append(number)
         if process.poll() is None:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number in _USER_SIGNALS else number)
 
-    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, *_USER_SIGNALS)}
     try:
         yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+    for number in dict.fromkeys(asked):
+        if number in _USER_SIGNALS and callable(old[number]):
+            old[number](number, None)
 
 
 def _how_it_ended(code: int, tail: list[str]) -> tuple[str, str]:

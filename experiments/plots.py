@@ -79,18 +79,18 @@ def _loss(figure: Any, rows: Sequence[Row], looks: Looks) -> bool:
     losses = {row.name: _losses(row) for row in rows}
     base = losses[rows[0].name]
     differences = {name: _differences(own, base) for name, own in losses.items() if name != rows[0].name}
-    drawn = [losses] + ([differences] if any(map(len, (_means(d) for d in differences.values()))) else [])
-    if len(_means(base)) < 2 and not any(len(_means(own)) > 1 for own in losses.values()):
+    if not any(len(_means(own)) > 1 for own in losses.values()):
         return False
+    drawn = [losses] + ([differences] if any(map(_means, differences.values())) else [])
     axes = panels(figure, ["smoothed"] + [f"difference to {rows[0].name} on the same batches, smoothed"] * (len(drawn) - 1))
     for place, (ax, by_name) in enumerate(zip(axes, drawn, strict=True)):
-        late = []
+        late = [0.0] if place else []
         for name, by_seed in by_name.items():
             means = _means(by_seed)
             band(ax, [tokens / 1e6 for tokens in means], list(means.values()), color=looks[name]["color"], ls=looks[name]["ls"])
             late += [found.mean for found in list(means.values())[len(means) // 6 :]]
         # The first sixth falls from ln(vocabulary) and would flatten everything worth seeing.
-        if late:
+        if len(late) > place:
             room = 0.08 * (max(late) - min(late)) + 0.01
             ax.set_ylim(min(late) - room, max(late) + room)
         ax.set(xlabel="training tokens (million)", ylabel="loss (nats a token)" if place == 0 else "difference (nats a token)")
@@ -153,11 +153,12 @@ def _families(
             style = looks.line(row.name)
             if title != "as trained" or number:
                 place = list(row.first["val_by_length"]).index(extension)
-                style |= {"ls": DASHES[place % len(DASHES)], "label": "as trained" if extension == AS_TRAINED else extension}
+                label = "as trained" if extension == AS_TRAINED else extension
+                style |= {"label": label, "ls": DASHES[place % len(DASHES)], "ms": 3.5}
             band(ax, list(by_place), list(by_place.values()), **style)
         ax.axvline(rows[0].runs[0].config.trainer.seq_len, color="#888888", lw=0.8, ls=(0, (2, 2)), zorder=0)
         if number:
-            ax.legend(frameon=False, fontsize=8)
+            ax.legend(fontsize=8, handlelength=3.2, framealpha=0.9, edgecolor="none")
         yield ax, number == 0
     if found:
         variant_legend(figure, looks, [row.name for row in rows], rule="trained length")
