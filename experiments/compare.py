@@ -48,7 +48,7 @@ def _body(argv: list[str]) -> int:
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """What users type, as Hydra spells it: `+sweep=x`, `seeds=[0,1]`, `++variants.mine.depth=2`; without a sweep, the quick one."""
+    """What users type, as Hydra spells it: `+sweep=x`, `seeds=[0,1]`, `++variants.a.depth=2`; without a sweep, the quick one."""
     spelled = []
     for arg in argv:
         if arg.startswith("sweep="):

@@ -133,9 +133,13 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "± is the standard deviation over seeds; for delta, half the 95 % interval of the difference paired by seed."
         if len(seeds) > 1
         else "One seed: no spread is known, so read small differences as ties.",
-        "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; "
-        "both from fresh processes. KV bytes a token: a 16-bit cache of one sequence of the trained length, over it.",
+        "KV bytes a token: predicted; a 16-bit cache of one sequence of the trained length, over that length.",
     ]
+    if any(row.values("memory", "train_peak_bytes") for row in done):
+        lines.append(
+            "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; "
+            "both from fresh processes."
+        )
     for row in done:
         for name, by in row.first["val_by_length"].items():
             errors = {entry["error"] for entry in by.values() if "error" in entry}
