@@ -12,13 +12,18 @@ _PANEL, _LEGEND, _TITLE = (4.4, 3.3), 1.7, 0.4  # inches
 
 
 class Looks:
-    """The look of each variant, the same in every picture. From the ninth on colours come again, with broken lines."""
+    """The look of each variant, the same in every picture. From the ninth on colours come again, broken and hollow."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._looks = {
-            name: {"color": COLOURS[place % 8], "marker": MARKERS[place % 12], "ls": ("-", (0, (5, 1.5)))[place // 8 % 2]}
-            for place, name in enumerate(names)
-        }
+        self._looks = {}
+        for place, name in enumerate(names):
+            colour, again = COLOURS[place % len(COLOURS)], place // len(COLOURS) % 2
+            self._looks[name] = {
+                "color": colour,
+                "marker": MARKERS[place % len(MARKERS)],
+                "mfc": "white" if again else colour,
+                "ls": (0, (5, 1.5)) if again else "-",
+            }
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         return self._looks[name]
@@ -26,7 +31,7 @@ class Looks:
     def line(self, name: str, *, marker: bool = True) -> dict[str, Any]:
         """Arguments of matplotlib's `plot`."""
         look = self._looks[name] | {"label": name, "lw": 1.4, "ms": 4.5}
-        return look if marker else {key: value for key, value in look.items() if key not in ("marker", "ms")}
+        return look if marker else {key: value for key, value in look.items() if key not in ("marker", "ms", "mfc")}
 
 
 def panels(figure: Any, titles: Sequence[str]) -> list[Any]:

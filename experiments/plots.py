@@ -29,17 +29,18 @@ def draw(rows: Sequence[Row], folder: Path, *, curves: dict[str, dict[str, Curve
     done = [row for row in rows if row.done]
     pictures: list[tuple[str, str, Callable[[Any], bool]]] = []
     if done:
-        pictures = [
+        trained = [
             ("loss.png", "Training loss against tokens seen", lambda figure: _loss(figure, done, looks)),
             ("length.png", "Quality against evaluation length", lambda figure: _length(figure, done, looks)),
             ("position.png", "Loss by position in the longest evaluated context", lambda figure: _position(figure, done, looks)),
             ("memory.png", "Quality against memory: lower left is better", lambda figure: _memory(figure, done, looks)),
         ]
+        pictures = [(name, _over_seeds(caption, done), paint) for name, caption, paint in trained]
     caption = "Memory of one sequence against its length"
     pictures.append(("memory_curve.png", caption, lambda figure: paint_curves(figure, rows, curves or {}, looks)))
     written = []
     for name, caption, paint in pictures:
-        if _picture(folder / name, _over_seeds(caption, rows), paint):
+        if _picture(folder / name, caption, paint):
             written.append((name, caption))
         else:
             (folder / name).unlink(missing_ok=True)  # of an earlier report: it would stand beside numbers it is not of
