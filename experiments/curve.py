@@ -29,7 +29,7 @@ from xattn.experiments.schema import CompareConfig, RunConfig
 from xattn.experiments.worker import status_of
 
 FILE = "memory_curve.json"
-OUT_OF_MEMORY, REFUSED, TIME_LIMIT, DIED = "out of memory", "refused", "time limit", "died"
+OUT_OF_MEMORY, REFUSED, TIME_LIMIT, FAILED, DIED = "out of memory", "refused", "time limit", "failed", "died"
 GIB = 2**30
 # Times the trained length, where the config names none. A GPU goes on until it is full.
 CPU_FACTORS = (1, 2, 4, 8, 16)
@@ -148,7 +148,7 @@ def measure(run: RunConfig, out: Path, *, kind: str, factors: Sequence[int] | No
             try:
                 peak, _ = peak_of(longer, kind, device, rows=1, length=length)
             except Exception as error:
-                reason = {record.OOM: OUT_OF_MEMORY, record.INVALID: REFUSED}.get(status_of(error), DIED)
+                reason = {record.OOM: OUT_OF_MEMORY, record.INVALID: REFUSED}.get(status_of(error), FAILED)
                 text = str(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
                 if reason == OUT_OF_MEMORY and device.type == "cpu":
                     text = f"more than the {cpu_limit_gib:g} GiB of memory_curve.cpu_limit_gib"
@@ -159,8 +159,9 @@ def measure(run: RunConfig, out: Path, *, kind: str, factors: Sequence[int] | No
 
 def _limit_memory(limit_bytes: int) -> None:
     """Let this process take no more than this beyond what it has: the system would go on until it had to kill something."""
-    taken = status_bytes("VmData") if sys.platform == "linux" else 0
-    resource.setrlimit(resource.RLIMIT_DATA, (taken + limit_bytes, resource.RLIM_INFINITY))
+    wanted = limit_bytes + (status_bytes("VmData") if sys.platform == "linux" else 0)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import xattn
-from xattn.experiments.curve import DIED, OUT_OF_MEMORY, REFUSED, TIME_LIMIT, Curve, read_curves
+from xattn.experiments.curve import DIED, FAILED, OUT_OF_MEMORY, REFUSED, TIME_LIMIT, Curve, read_curves
 from xattn.experiments.figure import Looks, panels, variant_legend
 from xattn.experiments.gather import Row
 from xattn.experiments.report import MIB, Table
@@ -17,11 +17,12 @@ _KINDS = {
     "train": "Peak of a training step, one sequence",
     "infer": "Peak of one evaluation, one sequence",
 }
-_MARKS = {OUT_OF_MEMORY: "x", REFUSED: "s", TIME_LIMIT: "|", DIED: "1"}
+_MARKS = {OUT_OF_MEMORY: "x", REFUSED: "s", TIME_LIMIT: "|", FAILED: "1", DIED: "1"}
 _MARKED = {
     OUT_OF_MEMORY: "out of memory\nat the next length",
     REFUSED: "refused at the\nnext length",
     TIME_LIMIT: "out of time at\nthe next length",
+    FAILED: "failed at the\nnext length",
     DIED: "process died at\nthe next length",
 }
 

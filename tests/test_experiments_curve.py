@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +70,7 @@ def fake(lines: list[dict], code: int = 0):
 
     def probe(arguments: list[str]) -> tuple[int, tuple[str, str]]:
         calls.append(arguments)
-        Path(arguments[2]).write_text("".join(record.json.dumps(line) + "\n" for line in lines))
+        Path(arguments[2]).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return code, (record.KILLED, "killed (SIGKILL)")
 
     return probe, calls
@@ -98,6 +100,27 @@ def test_a_process_that_was_killed_leaves_what_it_measured_and_is_tried_again(tm
     assert found.end == {"length": 128, "reason": curve.DIED, "error": "killed (SIGKILL)"}
     measured(tmp_path, {}, kinds=["train"])
     assert len(calls) == 2
+
+
+def test_a_failure_inside_the_step_is_a_result_that_stands(tmp_path: Path, monkeypatch) -> None:
+    def broken(*args, **options):
+        raise RuntimeError("no kernel\nand a trace")
+
+    monkeypatch.setattr(curve, "peak_of", broken)
+    monkeypatch.setattr(curve, "_limit_memory", lambda limit_bytes: None)
+    asked = dict(kind="infer", factors=None, seconds=100.0, cpu_limit_gib=1.0)
+    try:
+        curve.measure(RunConfig(model=FLAGS, trainer=TRAINER), tmp_path / "out", **asked)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    head, end = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    assert head["lengths"] == [64, 128, 256, 512, 1024]
+    assert end == {"length": 64, "reason": curve.FAILED, "error": "RuntimeError: no kernel"}
+    probe, calls = fake([HEAD, end])
+    monkeypatch.setattr(curve, "probe", probe)
+    for _ in range(2):
+        measured(tmp_path, {}, kinds=["infer"])
+    assert len(calls) == 1
 
 
 def test_a_stop_leaves_no_curve_that_is_not_whole(tmp_path: Path, monkeypatch) -> None:

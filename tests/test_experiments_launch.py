@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from xattn import ConfigError
-from xattn.experiments import compare, record, train
+from xattn.experiments import compare, launch, record, train
+from xattn.experiments.schema import RunConfig
 
 TINY = [
     "tracking.mode=disabled", "model.dim=16", "model.depth=1", "model.heads=2", "trainer.steps=4", "trainer.seq_len=16",
@@ -30,7 +31,8 @@ def test_a_study_on_two_ranks_gives_the_study_of_one_process(tmp_path: Path, mon
     study = [*TINY, "variants={dense: {}}", "variants.window.sliding_window=4", "plots=false"]
     assert command(monkeypatch, compare.main, *study, "isolate=false", "dir=alone") == 0
     ranks = ["trainer.strategy=ddp", "trainer.processes=2"]
-    assert command(monkeypatch, compare.main, *study, *ranks, "dir=together") == 0
+    curve = ["memory_curve.kinds=[infer]", "memory_curve.length_factors=[1,2]"]
+    assert command(monkeypatch, compare.main, *study, *ranks, *curve, "dir=together") == 0
     for name in ("dense-seed0", "window-seed0"):
         together, alone = (record.read_result(tmp_path / folder / name) for folder in ("together", "alone"))
         assert (together["strategy"], together["processes"], alone["processes"]) == ("ddp", 2, 1)
@@ -38,6 +40,24 @@ def test_a_study_on_two_ranks_gives_the_study_of_one_process(tmp_path: Path, mon
         assert together["data"] == alone["data"]
     report = (tmp_path / "together" / "report.md").read_text()
     assert "| baseline |" in report and "| yes |" in report
+    assert "Peak of one evaluation" in report and "Peak of a training step" not in report
+    lines = (tmp_path / "together" / "memory_curve.csv").read_text().splitlines()[1:]
+    kept = [tuple(line.split(",")[:3]) for line in lines]
+    assert kept == [(name, "infer", length) for name in ("dense", "window") for length in ("16", "32")]
+    assert all(int(line.split(",")[3]) > 0 for line in lines)
+
+
+def test_a_stop_while_memory_is_measured_is_an_interrupted_run(tmp_path: Path, monkeypatch) -> None:
+    def stopped_meanwhile(arguments: list[str]) -> tuple[int, tuple[str, str]]:
+        launch._stopped.set()
+        return -15, (record.KILLED, "killed by SIGTERM")
+
+    monkeypatch.setattr(launch, "probe", stopped_meanwhile)
+    try:
+        result = launch.launch(RunConfig(model=dict(num_tokens=256, max_seq_len=256, dim=16, depth=1, heads=2)), tmp_path)
+    finally:
+        launch._stopped.clear()
+    assert result["status"] == "interrupted" and not (tmp_path / record.MEMORY).exists()
 
 
 def test_submitit_trains_a_sweep_whose_exit_status_tells_how_it_went(tmp_path: Path, monkeypatch, capfd) -> None:
