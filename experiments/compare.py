@@ -16,6 +16,8 @@ from xattn import ConfigError
 from xattn.experiments import record
 from xattn.experiments.compose import check_flags, command_line, hydra_main, resolve
 from xattn.experiments.configfile import as_run
+from xattn.experiments.curve import measure_curves
+from xattn.experiments.curve_report import CSV, curve_csv, curve_notes, curve_tables, curves_of
 from xattn.experiments.gather import find_runs, gather
 from xattn.experiments.launch import launch, prepare, stopped
 from xattn.experiments.page import page
@@ -48,13 +50,17 @@ def _body(argv: list[str]) -> int:
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """What users type, as Hydra spells it: `+sweep=x`, `seeds=[0,1]`; without a sweep, the quick one for this machine."""
+    """What users type, as Hydra spells it: `+sweep=x`, `seeds=[0,1]`, `++variants.a.depth=2`; without a sweep, the quick one
+    for this machine.
+    """
     spelled = []
     for arg in argv:
         if arg.startswith("sweep="):
             arg = "+" + arg
         elif arg.startswith("seed="):
             arg = f"seeds=[{arg.removeprefix('seed=').strip('[]')}]"
+        elif arg.startswith("variants"):
+            arg = "++" + arg  # a variant of one's own is a new key, which Hydra would refuse
         spelled.append(arg)
     names = [arg.split("=", 1)[0].lstrip("+") for arg in spelled]
     if not any(name in ("sweep", "runs") or name.startswith("variants") for name in names):
@@ -81,6 +87,11 @@ def _study(config: CompareConfig) -> int:
         if result["status"] == record.INTERRUPTED or (stopped() and number < len(jobs)):
             say(f"interrupted; the same command goes on from here ({folder})")
             return 75
+    first = [(job.config.name, job.run_dir) for job in jobs if job.config.seed == config.seeds[0]]
+    measure_curves(config, first, folder)
+    if stopped():
+        say(f"interrupted; the same command goes on from here ({folder})")
+        return 75
     return report(config, folder)
 
 
@@ -136,18 +147,18 @@ def report(config: CompareConfig, runs_dir: Path) -> int:
     study = record.read_json(runs_dir / STUDY) or {"study": runs_dir.resolve().name, "order": [], "description": None}
     baseline = config.baseline if config.baseline is not None else study.get("baseline")
     rows = gather(runs, baseline=baseline, param_tolerance=config.param_tolerance, order=study["order"])
+    curves = curves_of(rows, runs_dir)
     title = f"Comparison: {study['study']}"
-    pictures = draw(rows, runs_dir) if config.plots else []
-    write_report(rows, runs_dir, title=title, description=study["description"], pictures=pictures)
-    text = page(
-        title=title,
-        description=study["description"],
-        tables=tables(rows),
-        notes=notes(rows),
-        folder=runs_dir,
-        pictures=pictures,
-    )
-    record.write_text(runs_dir / "report.html", text)
-    print_report(rows, title=title)
-    say(f"\nwritten: {runs_dir}/report.html, report.md, results.csv, results.json" + "".join(f", {name}" for name, _ in pictures))
+    shown = [*tables(rows), *curve_tables(rows, curves)]
+    remarks = [*notes(rows), *curve_notes(rows, curves)]
+    pictures = draw(rows, runs_dir, curves=curves) if config.plots else []
+    described = {"title": title, "description": study["description"], "notes": remarks, "pictures": pictures}
+    write_report(rows, runs_dir, shown=shown, **described)
+    record.write_text(runs_dir / "report.html", page(tables=shown, folder=runs_dir, **described))
+    written = ["report.md", "results.csv", "results.json", *[name for name, _ in pictures]]
+    if curves:
+        record.write_text(runs_dir / CSV, curve_csv(rows, curves))
+        written.append(CSV)
+    print_report(shown, remarks, title=title)
+    say(f"\nwritten: {runs_dir}/report.html, {', '.join(written)}")
     return 0 if any(row.done for row in rows) else 1

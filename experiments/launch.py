@@ -27,6 +27,9 @@ _MAY_CHANGE = ("tracking.", "isolate", "trainer.log_every", "trainer.save_every"
 # each other: a step then takes up to ten times as long. Not spinning at all costs a third; this short spin costs nothing.
 _WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
+# What launchers of torch and of clusters send to every process of a job, and what would end those that do not listen.
+_USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+
 _stopped = threading.Event()
 
 
@@ -66,7 +69,11 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
         return run(load_config(run_dir / CONFIG), run_dir, quiet=quiet)
     if config.trainer.memory and not (run_dir / MEMORY).exists():
         say(f"{prefix}measuring peak memory")
-        record.write_json(run_dir / MEMORY, probe_memory(run_dir))
+        measured = probe_memory(run_dir)
+        if stopped():
+            stop = (record.INTERRUPTED, "stopped before the first step, while memory was measured")
+            return record.write_failure(run_dir, *stop, name=config.name, seed=config.seed, flags=config.model)
+        record.write_json(run_dir / MEMORY, measured)
     arguments = ["xattn.experiments.worker", str(run_dir), *(["--quiet"] if quiet else [])]
     if config.trainer.strategy != "none":
         processes = f"--nproc-per-node={config.trainer.processes}"
@@ -86,14 +93,23 @@ def probe_memory(run_dir: Path) -> dict[str, Any]:
         path = run_dir / f"memory-{kind}.json"
         path.unlink(missing_ok=True)
         arguments = ["xattn.experiments.memory", str(run_dir), kind]
-        code, tail = _process(arguments, environment=PROBE_ENVIRONMENT, echo=False)
+        code, (_, error) = probe(arguments)
         found = record.read_json(path)
         if code == 0 and found is not None:
             measured |= found
         else:
-            measured |= {f"{kind}_peak_bytes": None, f"{kind}_error": _how_it_ended(code, tail)[1]}
+            measured |= {f"{kind}_peak_bytes": None, f"{kind}_error": error}
         path.unlink(missing_ok=True)
     return measured
+
+
+def probe(arguments: list[str]) -> tuple[int, tuple[str, str]]:
+    """Run `python -m ARGUMENTS` silently, with nothing that hides its memory.
+
+    Returns: the exit code, and for one that is not 0 the status and the reason.
+    """
+    code, tail = _process(arguments, environment=PROBE_ENVIRONMENT, echo=False)
+    return code, _how_it_ended(code, tail)
 
 
 def _process(
@@ -121,9 +137,9 @@ def _process(
             encoding="utf-8",
             errors="replace",
             env=_WORKER_ENVIRONMENT | os.environ | asked | (environment or {}),
+            preexec_fn=_ignore_user_signals,
         ) as process,
-        # Probes are short and save nothing: Ctrl-C may end them and this process with them.
-        _forward_signals(process) if echo else nullcontext(),
+        _forward_signals(process),
         following(prefix) as is_progress,
     ):
         for line in process.stdout or ():
@@ -137,24 +153,39 @@ def _process(
         return process.wait(), tail
 
 
+def _ignore_user_signals() -> None:
+    """In the process to be: a scheduler signals all processes of a job, and one that does not listen would end there."""
+    for number in _USER_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def _forward_signals(process: subprocess.Popen) -> Iterator[None]:
-    """A stop request to this process reaches the worker, which saves its state; this process lives on to record it."""
+    """A stop request to this process reaches the worker, which saves its state; this process lives on to record it.
+
+    SIGUSR1 and SIGUSR2 travel as SIGTERM. Whoever listened to them here (submitit: it puts the job back into the queue)
+    hears of them once the worker has saved and ended.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    asked: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
         _stopped.set()
+        asked.append(number)
         if process.poll() is None:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number in _USER_SIGNALS else number)
 
-    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, *_USER_SIGNALS)}
     try:
         yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+    for number in dict.fromkeys(asked):
+        if number in _USER_SIGNALS and callable(old[number]):
+            old[number](number, None)
 
 
 def _how_it_ended(code: int, tail: list[str]) -> tuple[str, str]:

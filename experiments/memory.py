@@ -26,9 +26,9 @@ from xattn.experiments.device import autocast, loss_module, pick_device, pick_pr
 from xattn.experiments.ema import build_ema
 from xattn.experiments.optim import build_optimiser
 from xattn.experiments.record import CONFIG, write_json
-from xattn.experiments.schema import RunConfig, TrainerConfig
+from xattn.experiments.schema import PROBES, RunConfig, TrainerConfig
 
-KINDS = ("train", "infer")
+KINDS = PROBES
 # Freed tensors must go back to the system at once, or the heap keeps what a step gave up and hides the true peak.
 PROBE_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
@@ -42,22 +42,32 @@ def measure(config: RunConfig, kind: str) -> dict[str, Any]:
     device = pick_device(replace(config.trainer, strategy="none", processes=1))
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
-    step = _train_steps if kind == "train" else _infer_step
     rows, length = config.trainer.forward_rows, config.trainer.seq_len
-    # Once before it counts: libraries, thread pools and kernels stay resident for ever and belong to no variant.
-    if kind == "train" and _compiles(config.trainer, device):
-        # At its own shape: the compiler would take a second shape's sizes as unknowns and build other code, or fail.
-        step(config, device, rows=rows, length=length)
-    else:
-        step(config, device, rows=1, length=min(length, 16))
-    _give_back(device)
-    baseline = _reset_peak(device)
-    state_bytes = step(config, device, rows=rows, length=length)
-    peak = max(_peak(device) - baseline, 0)
-    measured = {f"{kind}_peak_bytes": peak, f"{kind}_method": _method(device, config.trainer, kind)}
+    warm_up(config, kind, device)
+    peak, state_bytes = peak_of(config, kind, device, rows=rows, length=length)
+    measured = {f"{kind}_peak_bytes": peak, f"{kind}_method": method(device, config.trainer, kind)}
     if kind == "train":
         measured |= {"state_bytes": state_bytes, "activation_bytes": max(peak - state_bytes, 0)}
     return measured
+
+
+def warm_up(config: RunConfig, kind: str, device: torch.device) -> None:
+    """The step once at a tiny shape: libraries, thread pools and kernels stay resident for ever and belong to no variant."""
+    if kind == "train" and _compiles(config.trainer, device):
+        return  # peak_of compiles the shape itself
+    _STEPS[kind](config, device, rows=1, length=min(config.trainer.seq_len, 16))
+
+
+def peak_of(config: RunConfig, kind: str, device: torch.device, *, rows: int, length: int) -> tuple[int, int]:
+    """Bytes at the peak of one step of `rows` sequences of `length` tokens, and those of them that are the step's state."""
+    if kind == "train" and _compiles(config.trainer, device):
+        # A second shape would make the compiler take sizes as unknowns and build other code, or fail.
+        torch._dynamo.reset()
+        _STEPS[kind](config, device, rows=rows, length=length)
+    _give_back(device)
+    baseline = _reset_peak(device)
+    state_bytes = _STEPS[kind](config, device, rows=rows, length=length)
+    return max(_peak(device) - baseline, 0), state_bytes
 
 
 def _train_steps(config: RunConfig, device: torch.device, *, rows: int, length: int) -> int:
@@ -93,6 +103,9 @@ def _infer_step(config: RunConfig, device: torch.device, *, rows: int, length: i
     return sum(p.nbytes for p in model.parameters())
 
 
+_STEPS = {"train": _train_steps, "infer": _infer_step}
+
+
 def _give_back(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
@@ -112,30 +125,32 @@ def _reset_peak(device: torch.device) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.access("/proc/self/clear_refs", os.W_OK):
-        return _status("VmHWM")
+        return status_bytes("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
 
 
-def _method(device: torch.device, trainer: TrainerConfig, kind: str) -> str:
+def method(device: torch.device, trainer: TrainerConfig, kind: str) -> str:
+    """How a peak is measured there, in words."""
     if device.type == "cuda":
-        method = "cuda max_memory_allocated"
+        text = "cuda max_memory_allocated"
     else:
-        method = "VmHWM growth" if os.access("/proc/self/clear_refs", os.W_OK) else "ru_maxrss growth"
-        method += ", not compiled" if trainer.compile and kind == "train" else ""
-    return method + (", one process with everything" if trainer.strategy != "none" else "")
+        text = "VmHWM growth" if os.access("/proc/self/clear_refs", os.W_OK) else "ru_maxrss growth"
+        text += ", not compiled" if trainer.compile and kind == "train" else ""
+    return text + (", one process with everything" if trainer.strategy != "none" else "")
 
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status in bytes, e.g. VmRSS."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -9,15 +9,14 @@ from xattn.experiments.report import Table
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --bad: #c0392b; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; } .left { text-align: left; } tbody tr:first-child { background: var(--soft); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; white-space: normal; vertical-align: bottom; } .left { text-align: left; }
+tbody tr:first-child { background: var(--soft); }
 .bad { color: var(--bad); white-space: normal; min-width: 16rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; background: white; border-radius: 4px; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 0 1.5rem; }
-@media (max-width: 30rem) { .pictures { grid-template-columns: 1fr; } }
 li { margin: .3rem 0; color: GrayText; }
 """
 
@@ -38,7 +37,7 @@ def page(
     parts += [_table(table) for table in tables]
     if pictures:
         figures = "".join(_figure(folder / name, caption) for name, caption in pictures)
-        parts.append(f'<h2>Pictures</h2><div class="pictures">{figures}</div>')
+        parts.append(f'<h2>Pictures</h2>{figures}')
     parts.append("<h2>How to read this</h2><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>\n'

@@ -133,9 +133,13 @@ def notes(rows: Sequence[Row]) -> list[str]:
         "± is the standard deviation over seeds; for delta, half the 95 % interval of the difference paired by seed."
         if len(seeds) > 1
         else "One seed: no spread is known, so read small differences as ties.",
-        "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; "
-        "both from fresh processes. KV bytes a token: a 16-bit cache of one sequence of the trained length, over it.",
+        "KV bytes a token: predicted; a 16-bit cache of one sequence of the trained length, over that length.",
     ]
+    if any(row.values("memory", "train_peak_bytes") for row in done):
+        lines.append(
+            "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; "
+            "both from fresh processes."
+        )
     for row in done:
         for name, by in row.first["val_by_length"].items():
             errors = {entry["error"] for entry in by.values() if "error" in entry}
@@ -151,7 +155,7 @@ def _code(done: Sequence[Row]) -> str:
     return f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}{dirty}"
 
 
-def print_report(rows: Sequence[Row], *, title: str) -> None:
+def print_report(shown: Sequence[Table], notes: Sequence[str], *, title: str) -> None:
     """The tables on the terminal, as wide as they need to be where it is no terminal."""
     from rich.console import Console
     from rich.table import Table as RichTable
@@ -160,21 +164,28 @@ def print_report(rows: Sequence[Row], *, title: str) -> None:
     if not console.is_terminal or console.width < 100:
         console = Console(width=max(200, console.width))
     say(f"\n{title}")
-    for table in tables(rows):
+    for table in shown:
         say(f"\n{table.title}")
-        shown = RichTable()
+        grid = RichTable()
         for place, name in enumerate(table.header):
             left = place == 0 or name in table.left
-            shown.add_column(name, justify="left" if left else "right", no_wrap=name != "comparable")
+            grid.add_column(name, justify="left" if left else "right", no_wrap=name != "comparable")
         for line in table.cells:
-            shown.add_row(*line)
-        console.print(shown)
-    for line in notes(rows):
+            grid.add_row(*line)
+        console.print(grid)
+    for line in notes:
         say(line)
 
 
 def write_report(
-    rows: Sequence[Row], folder: Path, *, title: str, description: str | None, pictures: Sequence[tuple[str, str]]
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    title: str,
+    description: str | None,
+    shown: Sequence[Table],
+    notes: Sequence[str],
+    pictures: Sequence[tuple[str, str]],
 ) -> None:
     """Write report.md, results.csv (one line a run) and results.json (rows with means, spreads and every run's result).
 
@@ -182,8 +193,8 @@ def write_report(
         pictures: (file name within `folder`, caption).
     """
     parts = [f"# {title}", *([description] if description else [])]
-    parts += [_markdown(table) for table in tables(rows)]
-    parts += ["\n".join(f"- {line}" for line in notes(rows))]
+    parts += [_markdown(table) for table in shown]
+    parts += ["\n".join(f"- {line}" for line in notes)]
     parts += [f"![{caption}]({name})" for name, caption in pictures]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
     write_text(folder / "results.csv", _csv(rows))

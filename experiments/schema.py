@@ -18,6 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 CHECKPOINTING = ("none", "full")
 STRATEGIES = ("none", "ddp", "fsdp")
+PROBES = ("train", "infer")
 TRACKING_MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -337,6 +338,29 @@ class TrainConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
+class MemoryCurveConfig:
+    """Peak memory of one sequence against its length, measured for every variant in fresh processes."""
+
+    kinds: list[str] | None = None  # train, infer; []: no curve. None: both, where isolate and trainer.memory are true
+    length_factors: list[int] | None = None  # times trainer.seq_len; None: 1 to 16 on the CPU, on CUDA until it is full
+    seconds: float = 60.0  # of one variant and kind, all lengths together
+    cpu_limit_gib: float = 4.0  # where a curve on the CPU runs out of memory
+
+    def check(self, *, isolate: bool) -> None:
+        for kind in self.kinds or ():
+            _choice("memory_curve.kinds", kind, PROBES)
+        if self.kinds and not isolate:
+            raise ConfigError(
+                f"memory_curve.kinds={list(self.kinds)} starts processes of its own, and isolate=false asks for none; "
+                "use isolate=true or drop it"
+            )
+        if self.length_factors is not None and (not self.length_factors or min(self.length_factors) < 1):
+            raise ConfigError(f"memory_curve.length_factors={list(self.length_factors)} must be 1 or more each; use [1,2,4,8]")
+        _positive("memory_curve.seconds", self.seconds)
+        _positive("memory_curve.cpu_limit_gib", self.cpu_limit_gib)
+
+
+@dataclass(kw_only=True)
 class CompareConfig(RunConfig):
     """xattn-compare: variants x seeds of one shared run config. `runs` only reports on finished run directories."""
 
@@ -350,6 +374,11 @@ class CompareConfig(RunConfig):
     runs: str | None = None
     param_tolerance: float = 0.02  # rows further from the baseline's parameter count are marked not comparable
     plots: bool = True
+    memory_curve: MemoryCurveConfig = field(default_factory=MemoryCurveConfig)
+
+    def check(self) -> None:
+        super().check()
+        self.memory_curve.check(isolate=self.isolate)
 
 
 @dataclass(kw_only=True)

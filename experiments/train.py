@@ -2,8 +2,10 @@
 
 xattn-train +experiment=selective
 xattn-train -m model.sliding_window=64,128 seed=0,1
+xattn-train -m hydra/launcher=submitit_slurm run_dir=DIR seed=0,1
 """
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,45 @@ def _body(argv: list[str]) -> int:
     resume = next((arg.removeprefix("resume=") for arg in argv if arg.startswith("resume=")), None)
     if resume is not None:
         return _resume(Path(resume), [arg for arg in argv if not arg.startswith("resume=")])
+    elsewhere = _elsewhere(argv)
     results: list[dict[str, Any]] = []
 
     def task(cfg: Any) -> float:
         result = _one(cfg)
         results.append(result)
-        if stopped() or result["status"] == record.INTERRUPTED:
+        if elsewhere is None and (stopped() or result["status"] == record.INTERRUPTED):
             raise KeyboardInterrupt
         return _objective(result)
 
     hydra_main(task, "train", argv)
+    if elsewhere is not None:
+        runs = sorted({path.parent for name in (record.CONFIG, record.RESULT) for path in elsewhere.glob(f"*/{name}")})
+        results = [record.read_result(run_dir) for run_dir in runs]
+        for result, run_dir in zip(results, runs, strict=True):
+            _print_result(result, run_dir)
     if len(results) > 1:
         done = sum(result["status"] == record.COMPLETED for result in results)
         say(f"{done} of {len(results)} runs completed")
     return _exit_status(results)
+
+
+def _elsewhere(argv: list[str]) -> Path | None:
+    """Where the runs of a sweep lie whose jobs a launcher starts in processes of its own; None where this one trains them.
+
+    Raises:
+        ConfigError: the launcher is not installed, or each job, and once more each that is queued again, would name its
+            directory anew.
+    """
+    given = dict(arg.split("=", 1) for arg in argv if "=" in arg)
+    launcher = given.get("hydra/launcher", "basic")
+    if launcher == "basic" or not {"-m", "--multirun"} & set(argv):
+        return None
+    if launcher.startswith("submitit") and importlib.util.find_spec("submitit") is None:
+        raise ConfigError(f"hydra/launcher={launcher} needs a package: pip install 'xattn[sweep]', or drop it")
+    run_dir = given.get("run_dir")
+    if run_dir is None or "$" in run_dir:
+        raise ConfigError(f"hydra/launcher={launcher} needs a directory that stays the same: use run_dir=runs/NAME")
+    return Path(run_dir)
 
 
 def _one(cfg: Any) -> dict[str, Any]:
