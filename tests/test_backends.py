@@ -34,7 +34,7 @@ from xattn.errors import ConfigError, UnsupportedFeature
 from xattn.nn.layers import Decoder, Encoder
 from xattn.ops import sdpa
 from xattn.ops.attention import attend
-from xattn.ops.backends import BACKENDS, Backend, choose, dense_limit, rejected, resolve
+from xattn.ops.backends import BACKENDS, Backend, choose, dense_limit, order, rejected, resolve
 from xattn.ops.layout import Layout
 from xattn.ops.reference import reference
 from xattn.spec.features import features
@@ -46,6 +46,10 @@ from xattn.spec.positions import NoPositions
 from xattn.spec.score import Score
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# what a model may be moved to
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# those that can run on the CPU of this machine
+HERE = [backend for backend in BACKENDS if backend.lacks("cpu") is None]
 MEASURED = [backend for backend in BACKENDS if backend.name != "reference"]
 
 
@@ -220,7 +224,7 @@ def test_each_key_head_reaches_its_own_group_of_query_heads(
 
 
 @pytest.mark.parametrize("seating", [s for s in SEATINGS if s not in ("plain", "ring", "chunk")])
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", HERE, ids=lambda b: b.name)
 def test_no_layout_is_inert(backend: Backend, seating: str) -> None:
     for name in ("plain", "window", "rotary_sinks_sink_logits", "alibi"):
         spec, seat = CASES[name].spec, SEATINGS[seating](N)
@@ -230,7 +234,7 @@ def test_no_layout_is_inert(backend: Backend, seating: str) -> None:
             assert not torch.allclose(got, plain)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", HERE, ids=lambda b: b.name)
 def test_causal_is_not_inert(backend: Backend) -> None:
     for flags in ({}, {"sliding_window": 5}, {"alibi_pos_bias": True}, {"sink_logits": True}):
         specs = [parse_attention(causal=causal, **SIZES, **flags) for causal in (True, False)]
@@ -362,7 +366,7 @@ def test_a_window_over_everything_is_the_plain_plan(window: int, causal: bool) -
 @pytest.mark.parametrize("causal", [True, False])
 def test_more_sink_tokens_than_tokens_are_all_of_them(sink_tokens: int, causal: bool) -> None:
     spec = parse_attention(causal=causal, **SIZES, sliding_window=5, sink_tokens=sink_tokens)
-    for backend in MEASURED:
+    for backend in [b for b in MEASURED if b in HERE]:
         if claims(backend, call_of(spec, Seating(n=N))):
             check_parity(backend, spec, "plain", "float64", "cpu")
 
@@ -383,7 +387,7 @@ def test_a_layout_used_in_inference_may_be_trained_on(name: str) -> None:
     spec, (at, _) = CASES[name].spec, SEATINGS["left_pad"](N).layouts()
     given = tensors(spec)
     q = given["q"].requires_grad_()
-    for backend in BACKENDS:
+    for backend in HERE:
         with torch.inference_mode():
             args = {"spec": spec, "layout": at, "sink_logits_h": given.get("sink_logits"), "backend": backend.name}
             want = attend(q, given["k"], given["v"], **args)
@@ -397,7 +401,7 @@ def test_equal_layouts_give_equal_results_whether_or_not_they_are_one_object() -
         spec = CASES[name].spec
         given = tensors(spec)
         sinks = given.get("sink_logits")
-        for backend in BACKENDS:
+        for backend in HERE:
             one, two = Layout.plain(N), Layout.plain(N)
             got = [
                 attend(given["q"], given["k"], given["v"], spec=spec, layout=one, key_layout=keys, sink_logits_h=sinks,
@@ -457,12 +461,12 @@ def combinations() -> list[AttentionSpec]:
 def test_a_named_back_end_refuses_with_every_missing_feature_and_who_could(backend: Backend) -> None:
     refused = 0
     for spec in combinations():
-        missing = backend.missing(features(spec))
+        missing = backend.missing(features(spec)) or ([need] if (need := backend.lacks(DEVICE)) else [])
         if not missing:
             assert choose(spec, backend.name) is backend
             continue
         refused += 1
-        able = [other.name for other in BACKENDS if not other.missing(features(spec))]
+        able = [other.name for other in BACKENDS if not other.missing(features(spec)) and not other.lacks(DEVICE)]
         given = tensors(spec)
         for refuse in (
             lambda spec=spec: choose(spec, backend.name),
@@ -489,15 +493,23 @@ def test_rejected_back_ends_are_exactly_those_that_lack_something() -> None:
         reasons = rejected(spec)
         for backend in BACKENDS:
             missing = backend.missing(features(spec))
-            assert (backend.name in reasons) == bool(missing)
+            assert (backend.name in reasons) == bool(missing or backend.lacks("cpu"))
             assert all(name in reasons[backend.name] for name in missing)
 
 
 def test_auto_prefers_the_first_back_end_that_can() -> None:
     assert choose(CASES["plain"].spec) is BACKENDS[0]
     for spec in combinations():
-        able = [backend for backend in BACKENDS if not backend.missing(features(spec))]
+        able = [backend for backend in HERE if not backend.missing(features(spec))]
         assert choose(spec) is able[0]
+
+
+def test_on_a_gpu_auto_asks_torch_for_plain_attention_and_the_kernels_for_the_rest() -> None:
+    for case in CASES.values():
+        fused = not set(case.flags) & {"sliding_window", "alibi_pos_bias", "logit_softcap", "sink_logits"}
+        assert order(case.spec, "cuda", plain=True)[0].name == ("sdpa" if fused else "triton"), case
+        assert order(case.spec, "cuda", plain=False)[0].name == "triton"
+        assert order(case.spec, "cpu", plain=False)[-1].name == "triton"
 
 
 def test_an_unknown_back_end_is_refused_with_a_suggestion() -> None:
@@ -699,7 +711,7 @@ def test_explain_tells_layers_apart() -> None:
 def test_a_stack_refuses_its_back_end_when_it_is_built() -> None:
     for case in CASES.values():
         for backend in BACKENDS:
-            missing = backend.missing(features(case.spec))
+            missing = backend.missing(features(case.spec)) or ([need] if (need := backend.lacks(DEVICE)) else [])
             if missing:
                 with pytest.raises(UnsupportedFeature) as caught:
                     stack(case, attn_backend=backend.name)

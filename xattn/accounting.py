@@ -107,7 +107,12 @@ def _attention_floats(block: BlockSpec, m: int, n: int, attn_backend: str) -> fl
     attn = block.attention
     q, kv = attn.heads * attn.dim_head, attn.kv_heads * attn.dim_head
     norms = 2 * (q + kv) if block.qk_rmsnorm else 0
-    if choose(attn, attn_backend).name != "sdpa":
+    backend = choose(attn, attn_backend).name
+    if backend == "triton":
+        # rotated queries and keys, once more for Self-Extend's grouped positions, values, output and log-sum-exp
+        copies = 2 if isinstance(attn.positions, SelfExtend) else 1
+        return m + norms + (1 + copies) * q + (1 + copies) * kv + attn.heads
+    if backend != "sdpa":
         # the definition repeats keys and values for every head; Self-Extend rotates queries and keys three times
         rotations = 2 if isinstance(attn.positions, SelfExtend) else 0
         rows = attn.heads * (2 + len(attn.score) + attn.sink_logits) + (attn.selection is not None)

@@ -18,15 +18,15 @@ class Tile(NamedTuple):
 
 # (kernel, kind) -> for head widths up to 64, up to 128, and above, in 16 bits
 _HALF: dict[tuple[str, str], tuple[Tile, Tile, Tile]] = {
-    ("forward", "plain"): (Tile(128, 64, 4, 3), Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)),
+    ("forward", "plain"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     ("forward", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     ("forward", "select"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
     ("forward", "extend"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
-    ("dkdv", "plain"): (Tile(128, 64, 4, 2), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
+    ("dkdv", "plain"): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
     ("dkdv", "select"): (Tile(128, 64, 4, 2), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "extend"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
-    ("dq", "plain"): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
+    ("dq", "plain"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
     ("dq", "window"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
     ("dq", "select"): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
     ("dq", "extend"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 1)),

@@ -111,13 +111,18 @@ class AttentionLayers(nn.Module):
         return self.final_norm(x_bnm)
 
     def backends(self) -> list[dict[str, Any]]:
-        """One row a layer: layer, flags, backend, and rejected (name -> why it cannot serve the layer)."""
+        """One row a layer, for the device that the model is on now: layer, flags, backend, packed, and rejected.
+
+        packed: the back-end of batches with documents or padding. rejected: name -> why it cannot serve the layer.
+        """
+        device = next(self.parameters()).device.type
         return [
             {
                 "layer": i,
                 "flags": layer_flags(block),
-                "backend": choose(block.attention, self.attn_backend).name,
-                "rejected": rejected(block.attention),
+                "backend": choose(block.attention, self.attn_backend, device).name,
+                "packed": choose(block.attention, self.attn_backend, device, plain=False).name,
+                "rejected": rejected(block.attention, device_type=device),
             }
             for i, block in enumerate(self.spec.blocks)
         ]
@@ -129,8 +134,9 @@ class AttentionLayers(nn.Module):
         for row in self.backends():
             flags = ", ".join(f"{k}={v}" for k, v in row["flags"].items() if not k.startswith("ff_"))
             lost = "; ".join(f"{name} {why}" for name, why in row["rejected"].items()) or "-"
-            if not runs or runs[-1][1] != (row["backend"], flags, lost):
-                runs.append(([], (row["backend"], flags, lost)))
+            name = row["backend"] if row["packed"] == row["backend"] else f"{row['backend']} (packed: {row['packed']})"
+            if not runs or runs[-1][1] != (name, flags, lost):
+                runs.append(([], (name, flags, lost)))
             runs[-1][0].append(row["layer"])
         lines += [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), *cells) for run, cells in runs]
         widths = [max(len(line[column]) for line in lines) for column in range(3)]

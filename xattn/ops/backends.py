@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xattn.errors import UnsupportedFeature, unknown
-from xattn.ops import sdpa
+from xattn.ops import sdpa, triton
 from xattn.ops.layout import Layout
 from xattn.ops.reference import reference
 from xattn.spec.model import AttentionSpec
@@ -61,12 +61,14 @@ class Backend:
 
     supports: features it honours, or None for all that exist. limits: reasons why a call is out of its reach.
     run: (q, k, v, *, spec, layout_i, layout_j, sink_logits_h, dropout_p) -> out.
+    lacks: what it needs that this machine, or a device of that type, has not; None for nothing.
     """
 
     name: str
     supports: frozenset[str] | None
     limits: Callable[[Call], list[str]]
     run: Callable[..., Tensor]
+    lacks: Callable[[str], str | None] = lambda device_type: None
 
     def missing(self, wanted: frozenset[str]) -> list[str]:
         """Features wanted that this back-end does not honour."""
@@ -98,8 +100,20 @@ def _run_reference(*tensors: Tensor, **call: object) -> Tensor:
 
 REFERENCE = Backend(name="reference", supports=None, limits=_reference_limits, run=_run_reference)
 SDPA = Backend(name="sdpa", supports=sdpa.SUPPORTS, limits=_sdpa_limits, run=sdpa.run)
-# in the order in which auto asks them
-BACKENDS: tuple[Backend, ...] = (SDPA, REFERENCE)
+TRITON = Backend(name="triton", supports=triton.SUPPORTS, limits=triton.limits, run=triton.run, lacks=triton.lacks)
+BACKENDS: tuple[Backend, ...] = (SDPA, TRITON, REFERENCE)
+
+
+def order(spec: AttentionSpec, device_type: str, *, plain: bool) -> tuple[Backend, ...]:
+    """The back-ends as auto asks them, by measurement (benchmarks/attention.py); plain: no padding, no documents.
+
+    On a GPU torch's own kernels (cuDNN's on a Hopper) are the fastest for plain attention and ours for all else, since
+    there torch needs an n x n mask. On the CPU ours are for tests, by name only.
+    """
+    if device_type != "cuda":
+        return tuple(sorted(BACKENDS, key=lambda backend: backend is TRITON))
+    torch_is_fused = plain and sdpa.fused(spec)
+    return tuple(sorted(BACKENDS, key=lambda backend: backend is not (SDPA if torch_is_fused else TRITON)))
 
 
 def named(name: str) -> Backend:
@@ -110,40 +124,52 @@ def named(name: str) -> Backend:
     return by_name[name]
 
 
-def rejected(spec: AttentionSpec, call_features: frozenset[str] = frozenset()) -> dict[str, str]:
-    """Why each back-end that cannot serve the spec cannot: name -> reason."""
+def rejected(
+    spec: AttentionSpec, call_features: frozenset[str] = frozenset(), device_type: str = "cpu"
+) -> dict[str, str]:
+    """Why each back-end that cannot serve the spec on such a device cannot: name -> reason."""
     wanted = spec.features | call_features
-    missing = {backend.name: backend.missing(wanted) for backend in BACKENDS}
-    return {name: f"does not implement {', '.join(names)}" for name, names in missing.items() if names}
+    reasons = {}
+    for backend in BACKENDS:
+        names = backend.missing(wanted)
+        lacking = [f"does not implement {', '.join(names)}"] if names else []
+        lacking += [need] if (need := backend.lacks(device_type)) else []
+        if lacking:
+            reasons[backend.name] = "; ".join(lacking)
+    return reasons
 
 
-def choose(spec: AttentionSpec, name: str = "auto") -> Backend:
+def choose(spec: AttentionSpec, name: str = "auto", device_type: str = "cpu", *, plain: bool = True) -> Backend:
     """The back-end that a layer will run on, as far as its spec says; `resolve` adds what only a call knows.
+
+    A named back-end is judged by what the machine has, not by where the model is now: it may be moved.
 
     Raises:
         UnsupportedFeature: the named back-end lacks a feature; the message lists all, and who could serve the layer.
     """
-    reasons = rejected(spec)
-    able = [backend for backend in BACKENDS if backend.name not in reasons]
     if name == "auto":
-        return able[0]
-    if (chosen := named(name)).name in reasons:
-        could = ", ".join(backend.name for backend in able)
+        features = frozenset() if plain else frozenset({"padding", "documents"})
+        reasons = rejected(spec, features, device_type)
+        return next(backend for backend in order(spec, device_type, plain=plain) if backend.name not in reasons)
+    chosen = named(name)
+    here = "cuda" if torch.cuda.is_available() else device_type
+    reasons = rejected(spec, device_type=here)
+    if name in reasons:
+        could = ", ".join(backend.name for backend in BACKENDS if backend.name not in reasons)
         raise UnsupportedFeature(f"attn_backend='{name}' {reasons[name]}; use attn_backend='auto' or one of: {could}")
     return chosen
 
 
 def resolve(call: Call, name: str = "auto") -> Backend:
     """The back-end that runs this very call. Raises UnsupportedFeature when the named one, or every one, cannot."""
-    reasons = dict(rejected(call.spec, call.features))
-    able = []
-    for backend in BACKENDS if name == "auto" else (named(name),):
+    reasons = dict(rejected(call.spec, call.features, call.device.type))
+    asked = order(call.spec, call.device.type, plain=not call.features) if name == "auto" else (named(name),)
+    for backend in asked:
         if backend.name not in reasons:
             limits = backend.limits(call)
             if not limits:
                 return backend
             reasons[backend.name] = "; ".join(limits)
-        able.append(backend.name)
     could = [b.name for b in BACKENDS if b.name not in reasons and not b.limits(call)]
     cure = f"; use attn_backend='auto' or one of: {', '.join(could)}" if could else ""
-    raise UnsupportedFeature("; ".join(f"attn_backend '{n}' {reasons[n]}" for n in able) + cure)
+    raise UnsupportedFeature("; ".join(f"attn_backend '{b.name}' {reasons[b.name]}" for b in asked) + cure)

@@ -36,6 +36,11 @@ def plan(spec: AttentionSpec, layout_i: Layout, layout_j: Layout) -> str:
     return "masked"
 
 
+def fused(spec: AttentionSpec) -> bool:
+    """Whether torch has a fused kernel for the spec on a GPU, given tokens of one document and no padding."""
+    return not spec.score and spec.pattern.sliding_window is None and not spec.sink_logits
+
+
 def run(
     q_bhid: Tensor,
     k_bgjd: Tensor,

@@ -37,20 +37,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def missing() -> str | None:
-    """What this machine lacks to run the kernels at all; None: nothing."""
+def lacks(device_type: str) -> str | None:
+    """What the machine, or a device of that type, lacks to run the kernels; None: nothing."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton; pip install triton"
-    if not torch.cuda.is_available() and not interpreted():
-        return "needs a CUDA GPU (torch.cuda.is_available() is False)"
-    return None
+    if interpreted():
+        return None if device_type == "cpu" else "runs on the CPU only while TRITON_INTERPRET=1"
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    return None if device_type == "cuda" else "needs a CUDA GPU"
 
 
 def limits(call: "Call") -> list[str]:
     """Why this very call is out of the kernels' reach; empty: it is not."""
-    reasons = [] if (lacking := missing()) is None else [lacking]
-    if call.device.type != ("cpu" if interpreted() else "cuda"):
-        reasons.append(f"needs tensors on {'the CPU (TRITON_INTERPRET=1)' if interpreted() else 'a CUDA GPU'}, not {call.device}")
+    reasons = [] if (lacking := lacks(call.device.type)) is None else [lacking]
     if call.dtype not in DTYPES:
         reasons.append(f"computes in bfloat16, float16 or float32, not {str(call.dtype).removeprefix('torch.')}")
     d = call.spec.dim_head
