@@ -179,8 +179,6 @@ class Run:
                         self.add(case, "", note=f"skipped: {self.args.budget_s:.0f} s are over")
                         continue
                     self.case(case)
-                if section == "skip":
-                    print("skip       no cases yet: selection_skip has no flag")
             print(f"-- {section}: {time.monotonic() - begun:.0f} s", flush=True)
 
     def work(self) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from gpu import device, on_gpu
 from harness import ROOT  # noqa: F401  (puts this checkout on the path)
-from table import CUDNN, FA2, FLEX, OURS, OURS_CAUSAL, OURS_KERNEL, XT_COMPILED, XT_EAGER, Case
+from table import CUDNN, FA2, FLEX, OURS, OURS_CAUSAL, OURS_KERNEL, OURS_UNSKIPPED, XT_COMPILED, XT_EAGER, Case
 from torch import Tensor
 
 from xattn.ops.layout import Layout
@@ -60,9 +60,21 @@ def draw(case: Case, dtype: torch.dtype) -> Given:
 
     q, dout = (normal(case.b, case.h, case.n, case.d) for _ in range(2))
     k, v = (normal(case.b, spec.kv_heads, case.n, case.d) for _ in range(2))
+    if case.live is not None:
+        _mark(q, k, case.live)
     sink = normal(case.h).requires_grad_() if spec.sink_logits else None
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     return Given(case=case, spec=spec, layout=layout_of(case), q=q, k=k, v=v, sink=sink, dout=dout)
+
+
+def _mark(q: Tensor, k: Tensor, live: float) -> None:
+    """Make head 0 vote .2 a token against every key outside the living blocks of 64, and never against those inside."""
+    n, d = q.shape[2:]
+    blocks = torch.rand(-(-n // 64), generator=torch.Generator().manual_seed(0)) < live
+    alive = blocks.repeat_interleave(64)[:n].to(k.device)
+    q[:, 0], k[:, 0] = 0.0, 0.0
+    q[:, 0, :, 0] = 1.0
+    k[:, 0, :, 0] = torch.where(alive, -0.2, 0.2) * d**0.5
 
 
 # Ours
@@ -86,6 +98,12 @@ def ours_causal(x: Given) -> Callable[[], Tensor]:
     work = lambda: run(x.q, k, v, spec=spec, layout_i=layout, layout_j=layout)  # noqa: E731
     work.learned = (x.q, k, v)
     return work
+
+
+def ours_unskipped(x: Given) -> Callable[[], Tensor]:
+    """Our kernels with the same selection, every block visited."""
+    flags = {name: value for name, value in x.case.flags.items() if name != "selection_skip"}
+    return ours(replace(x, spec=spec_of(replace(x.case, flags=flags))))
 
 
 def recorded(x: Given) -> tuple[Any, Any]:
@@ -232,8 +250,9 @@ PEERS: dict[str, Callable[[Given], Callable[[], Tensor]]] = {
     OURS: ours,
     OURS_CAUSAL: ours_causal,
     OURS_KERNEL: ours_kernel,
+    OURS_UNSKIPPED: ours_unskipped,
 }
-OWN = (OURS, OURS_CAUSAL, OURS_KERNEL)
+OWN = (OURS, OURS_CAUSAL, OURS_KERNEL, OURS_UNSKIPPED)
 
 
 def unable(what: str) -> str | None:

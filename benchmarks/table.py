@@ -11,10 +11,12 @@ OURS, FA2, CUDNN, FLEX = "ours", "SDPA-FA2", "SDPA-cuDNN", "Flex"
 XT_EAGER, XT_COMPILED = "x-transformers eager", "x-transformers compiled"
 # the same sizes through our kernels without the case's flags, and our kernels on inputs already rotated
 OURS_CAUSAL, OURS_KERNEL = "ours causal", "ours, kernel alone"
+# the same selection without skipping
+OURS_UNSKIPPED = "ours, skipping off"
 TOKENS = 32768
 SHORT = {
     "sliding_window": "w", "attn_selective": "selective", "self_extend_group": "G", "self_extend_window": "near",
-    "rotary_pos_emb": "",
+    "rotary_pos_emb": "", "selection_skip": "skip",
 }  # fmt: skip
 
 
@@ -37,7 +39,10 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One shape with its flags: who runs, which passes, and the bars. documents: runs of tokens in each row (0: one)."""
+    """One shape with its flags: who runs, which passes, and the bars. documents: runs of tokens in each row (0: one).
+
+    live: the share of blocks of 64 keys that no query votes against; the others gain .2 a later token (None: random logits).
+    """
 
     section: str
     b: int
@@ -49,6 +54,7 @@ class Case:
     passes: tuple[str, ...] = ("f", "fb")
     hows: tuple[str, ...] = ("eager", "graph")
     documents: int = 0
+    live: float | None = None
     bars: tuple[Bar, ...] = ()
 
     @property
@@ -56,14 +62,15 @@ class Case:
         """As in «B4 H8 N4096 D64 sliding_window=512»."""
         flags = (key if value is True else f"{key}={value}" for key, value in self.flags.items())
         documents = [f"documents={self.documents}"] if self.documents else []
-        return " ".join([f"B{self.b} H{self.h} N{self.n} D{self.d}", *flags, *documents])
+        live = [] if self.live is None else [f"live={self.live}"]
+        return " ".join([f"B{self.b} H{self.h} N{self.n} D{self.d}", *flags, *documents, *live])
 
     @property
     def label(self) -> str:
         """The name as a narrow column has it."""
         flags = [f"{SHORT.get(key, key)}{'' if value is True else value}" for key, value in self.flags.items()]
         parts = [flag for flag in flags if flag] if len(flags) < 5 else ["all parts"]
-        return " ".join([*self.name.split()[:4], *parts])
+        return " ".join([*self.name.split()[:4], *parts, *([] if self.live is None else [f"live{self.live:g}"])])
 
     @property
     def pairs(self) -> int:
@@ -164,8 +171,16 @@ def _memory() -> Iterable[Case]:
 
 
 def _skip() -> Iterable[Case]:
-    # selection_skip has no flag yet: its cases (a quarter of the tiles live, N 8k and 32k; all live) belong here
-    return ()
+    for b, n in ((2, 8192), (1, 32768)):
+        for live in (1.0, 0.25, 0.1):
+            must, reach = (0.70, 0.45) if live == 0.25 else (None, None)
+            bars = (Bar(on="f", over=FA2), Bar(on="fb", over=FA2, must=must, reach=reach))
+            if live == 1.0:
+                bars += (Bar(on="fb", over=OURS_UNSKIPPED, must=1.15, reach=1.03),)
+            yield Case(
+                section="skip", b=b, h=8, n=n, d=64, flags={"attn_selective": True, "selection_skip": 20.0}, live=live,
+                who=(FA2, OURS_UNSKIPPED, OURS), bars=bars,
+            )  # fmt: skip
 
 
 def _scaling() -> Iterable[Case]:

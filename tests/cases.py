@@ -94,6 +94,8 @@ def _rows() -> Iterator[Case]:
     yield row("sink_logits", sink_logits=True)
     yield row("selective", attn_selective=True)
     yield row("selective_head", attn_selective=True, sim_head=4)
+    yield row("selective_skip", attn_selective=True, selection_skip=5.0)
+    yield row("selective_skip_bound", attn_selective=True, selection_skip="bound")
 
     # together, causal
     yield row("rotary_window_gqa", **rope, sliding_window=5, kv_heads=3)

@@ -28,13 +28,13 @@ def _backward(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *give
 @torch.library.custom_op("xattn::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
-    sink: Tensor | None, slopes: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None, doc_i: Tensor | None,
-    doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int, sinks: int, cap: float,
-    near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
+    sink: Tensor | None, slopes: Tensor | None, dead: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None,
+    doc_i: Tensor | None, doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int,
+    sinks: int, cap: float, near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = (
-        q, k, v, far_q, ahead_q, far_k, sink, slopes, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j, causal, window, sinks, cap, near,
-        group, sim_head, scale, scratch_bytes,
+        q, k, v, far_q, ahead_q, far_k, sink, slopes, dead, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j, causal, window, sinks,
+        cap, near, group, sim_head, scale, scratch_bytes,
     )  # fmt: skip
     return _run(run_forward, given)
 
@@ -49,13 +49,13 @@ def _(q, k, v, *_):
 def _attention_backward(
     out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
-    sink: Tensor | None, slopes: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None, doc_i: Tensor | None,
-    doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int, sinks: int, cap: float,
-    near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
+    sink: Tensor | None, slopes: Tensor | None, dead: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None,
+    doc_i: Tensor | None, doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int,
+    sinks: int, cap: float, near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
 ) -> list[Tensor]:  # fmt: skip
     return _backward(
-        out, lse, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, slopes, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j, causal,
-        window, sinks, cap, near, group, sim_head, scale, scratch_bytes,
+        out, lse, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, slopes, dead, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j,
+        causal, window, sinks, cap, near, group, sim_head, scale, scratch_bytes,
     )  # fmt: skip
 
 

@@ -9,12 +9,15 @@ import triton
 import triton.language as tl
 
 from xattn.kernels.scratch import penalty, put_by_queries
-from xattn.kernels.stages import BOTH, FAR, NEAR, allowed, logits, modify, numbers, put_rows, rows, stand
-from xattn.kernels.walk import edge, edges, keys_of, queries_of, share
+from xattn.kernels.stages import BOTH, FAR, NEAR, allowed, logits, modify, numbers, put_rows, rows, stand, subtract
+from xattn.kernels.walk import clip, edge, edges, keys_of, queries_of, share
 
 
 @triton.jit(do_not_specialize=["n"])
-def find_delta(out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr, P: tl.constexpr):
+def find_delta(
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
     """delta (b h i) = dO . O, less the gradient of the log-sum-exp, which reaches the logits the same way."""
     BI: tl.constexpr = P.block_i
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -37,7 +40,7 @@ def _dkdv_step(
     BI: tl.constexpr = P.block_i
     dk, far_dk, dv = state
     k_jd, far_k_jd, v_jd = kv
-    pos_j, doc_j, slope, kb, column_ptr, column_i = j_at
+    pos_j, doc_j, slope, kb, column_ptr, column_i, dead = j_at
     q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, scratch_ptr, pos_ptr, doc_ptr = queries
     row = tl.arange(0, BI)
     q_at = tl.cast(i0, tl.int64) * q_i
@@ -58,7 +61,7 @@ def _dkdv_step(
     sim_ji = logits((q_id, far_q_id, ahead_q_id), (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, True, P)
     sim_ji, change_ji = modify(sim_ji, pos_i, pos_j, slope, n, P)
     if P.select:
-        sim_ji -= penalty(scratch_ptr, i0 // 64, kb, n, True, P)
+        sim_ji = subtract(sim_ji, penalty(scratch_ptr, i0 // 64, kb, n, True, P), dead, P)
     attn_ji = tl.exp2(sim_ji - lse_i[None, :])
     if MASK:
         attn_ji = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), attn_ji, 0.0)
@@ -90,9 +93,9 @@ def _dkdv_step(
 @triton.jit(do_not_specialize=["n", "first_block", "column_b", "column_h", "column_i"])
 def find_dkdv(
     q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, scratch_ptr, column_ptr,
-    dk_ptr, far_dk_ptr, dv_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
-    q_b, q_h, q_i: tl.constexpr, k_b, k_g, k_j, v_b, v_g, v_j, dout_b, dout_h, dout_i: tl.constexpr, dk_b, dk_g, dk_j, scratch_b,
-    column_b, column_h, column_i, first_block, n, P: tl.constexpr,
+    dead_ptr, last_ptr, dk_ptr, far_dk_ptr, dv_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b,
+    walk_b, q_b, q_h, q_i: tl.constexpr, k_b, k_g, k_j, v_b, v_g, v_j, dout_b, dout_h, dout_i: tl.constexpr, dk_b, dk_g, dk_j,
+    scratch_b, column_b, column_h, column_i, first_block, n, P: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys of one key head, over all its query heads; with selection also the columns of dS."""
     BI: tl.constexpr = P.block_i
@@ -119,6 +122,14 @@ def find_dkdv(
     far_dk = tl.zeros([BJ, BLOCK_D], tl.float32)
     dv = tl.zeros([BJ, BLOCK_D], tl.float32)
     walk = queries_of(block, walk_ptr + b * walk_b, n, P)
+    dead = 0.0
+    if P.skip:
+        dead = tl.load(dead_ptr)
+        # no query from `end` on sees a living key of this block
+        end = tl.load(last_ptr + b * n.blocks + j0 // 64)
+        for more in tl.static_range(1, BJ // 64):
+            end = tl.maximum(end, tl.load(last_ptr + b * n.blocks + j0 // 64 + more))
+        walk = clip(walk, end)
     in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     for h in range(g * GROUP, g * GROUP + GROUP):
@@ -132,7 +143,7 @@ def find_dkdv(
         if P.alibi:
             slope = tl.load(slope_ptr + h)
         column = column_ptr + b * column_b + h * tl.cast(column_h, tl.int64) + (block - first_block) * BJ
-        j_at = (pos_j, doc_j, slope, j0 // 64, column, column_i)
+        j_at = (pos_j, doc_j, slope, j0 // 64, column, column_i, dead)
         for step in tl.range(0, edges(walk, BI, P), num_stages=1):
             i0 = edge(step, walk, BI, P)
             dk, far_dk, dv = _dkdv_step((dk, far_dk, dv), kv, j_at, queries, q_i, dout_i, i0, n, EDGE, True, P)
@@ -152,11 +163,14 @@ def find_dkdv(
 
 
 @triton.jit
-def _dq_head(state, dpenalty_ij, q, dout_id, lse_i, delta_i, slope, i_at, keys, k_j, v_j, j0, penalty_ij, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr):
+def _dq_head(
+    state, dpenalty_ij, head, i_at, keys, k_j, v_j, j0, penalty_ij, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
     """What one tile of keys adds to dQ of one head, and to dF, as tiles [i, j]."""
     BJ: tl.constexpr = P.block_j
     dq, far_dq, ahead_dq = state
-    pos_i, doc_i, qb = i_at
+    q, dout_id, lse_i, delta_i, slope = head
+    pos_i, doc_i, qb, dead = i_at
     k_ptr, far_k_ptr, v_ptr, pos_ptr, doc_ptr = keys
     row = tl.arange(0, BJ)
     k_at = tl.cast(j0, tl.int64) * k_j
@@ -173,7 +187,7 @@ def _dq_head(state, dpenalty_ij, q, dout_id, lse_i, delta_i, slope, i_at, keys, 
     sim_ij = logits(q, (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, False, P)
     sim_ij, change_ij = modify(sim_ij, pos_i, pos_j, slope, n, P)
     if P.select:
-        sim_ij -= penalty_ij
+        sim_ij = subtract(sim_ij, penalty_ij, dead, P)
     attn_ij = tl.exp2(sim_ij - lse_i[:, None])
     if MASK:
         attn_ij = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), attn_ij, 0.0)
@@ -200,7 +214,10 @@ def _dq_head(state, dpenalty_ij, q, dout_id, lse_i, delta_i, slope, i_at, keys, 
 
 
 @triton.jit
-def _dq_step(state, other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr):
+def _dq_step(
+    state, other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n, ZONE: tl.constexpr,
+    MASK: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     """One tile of keys for the program's one or two heads."""
     BI: tl.constexpr = P.block_i
     BJ: tl.constexpr = P.block_j
@@ -211,16 +228,12 @@ def _dq_step(state, other_dq, first, second, i_at, first_keys, second_keys, scra
     if P.select:
         penalty_ij = penalty(scratch_ptr, i_at[2], j0 // 64, n, False, P)
         dpenalty_ij = tl.zeros([BI, BJ], tl.float32)
-    q, dout_id, lse_i, delta_i, slope = first
     dq, far_dq, ahead_dq, dpenalty_ij = _dq_head(
-        (dq, far_dq, ahead_dq), dpenalty_ij, q, dout_id, lse_i, delta_i, slope, i_at, first_keys, k_j, v_j, j0, penalty_ij, n,
-        ZONE, MASK, P,
+        (dq, far_dq, ahead_dq), dpenalty_ij, first, i_at, first_keys, k_j, v_j, j0, penalty_ij, n, ZONE, MASK, P
     )  # fmt: skip
     if P.pair == 2:
-        q, dout_id, lse_i, delta_i, slope = second
-        other_dq, _, _, dpenalty_ij = _dq_head(
-            (other_dq, far_dq, ahead_dq), dpenalty_ij, q, dout_id, lse_i, delta_i, slope, i_at, second_keys, k_j, v_j, j0,
-            penalty_ij, n, ZONE, MASK, P,
+        other_dq, far_dq, ahead_dq, dpenalty_ij = _dq_head(
+            (other_dq, far_dq, ahead_dq), dpenalty_ij, second, i_at, second_keys, k_j, v_j, j0, penalty_ij, n, ZONE, MASK, P
         )  # fmt: skip
     if P.select:
         put_by_queries(slice_ptr, dpenalty_ij, i_at[2], j0 // 64, n, MASK, P)
@@ -228,7 +241,10 @@ def _dq_step(state, other_dq, first, second, i_at, first_keys, second_keys, scra
 
 
 @triton.jit
-def _query_head(b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h, dout_i, n, P: tl.constexpr):
+def _query_head(
+    b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h,
+    dout_i, n, P: tl.constexpr,
+):  # fmt: skip
     """Queries, dO and the rest of one head's block."""
     q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
     q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
@@ -251,9 +267,9 @@ def _query_head(b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr,
 @triton.jit(do_not_specialize=["n", "first_block", "dq_first", "dq_part"])
 def find_dq(
     q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, scratch_ptr, slices_ptr,
-    dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
-    q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, dout_b, dout_h, dout_i, dq_part, dq_b, dq_h, dq_i,
-    dq_first, scratch_b, slice_stride, first_block, n, P: tl.constexpr,
+    dead_ptr, live_ptr, count_ptr, dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr,
+    pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, dout_b, dout_h, dout_i,
+    dq_part, dq_b, dq_h, dq_i, dq_first, scratch_b, slice_stride, live_b, first_block, n, P: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dF.
 
@@ -288,7 +304,10 @@ def find_dq(
     second_keys = (k_ptr + k_at, far_k_ptr + k_at, v_ptr + b * v_b + (h + PAIR - 1) // GROUP * v_g, pos_ptr, doc_ptr)
     scratch = (scratch_ptr + b * scratch_b, slices_ptr + tl.cast(pair, tl.int64) * slice_stride + b * scratch_b)
     pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i0 + row, n.n_i, P)
-    i_at = (pos_i[:, None], doc_i[:, None], i0 // 64)
+    dead = 0.0
+    if P.skip:
+        dead = tl.load(dead_ptr)
+    i_at = (pos_i[:, None], doc_i[:, None], i0 // 64, dead)
 
     dq = tl.zeros([BI, BLOCK_D], tl.float32)
     far_dq = tl.zeros([BI, BLOCK_D], tl.float32)
@@ -297,26 +316,44 @@ def find_dq(
     walk = keys_of(block, walk_ptr + b * walk_b, n, P)
     part, parts = tl.program_id(1), tl.num_programs(1)
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
-    lo, hi = share(0, edges(walk, BJ, P), part, parts, 1)
-    for step in tl.range(lo, hi, num_stages=1):
-        j0 = edge(step, walk, BJ, P)
-        dq, far_dq, ahead_dq, other_dq = _dq_step(
-            (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
-            EDGE, True, P,
-        )  # fmt: skip
-    lo, hi = share(walk[5] if P.extend == 1 else walk[3], walk[6], part, parts, BJ)
-    if P.extend == 1:
-        far_lo, far_hi = share(walk[3], walk[4], part, parts, BJ)
-        for j0 in range(far_lo, far_hi, BJ):
+    if P.skip:
+        segment = i0 // 128
+        if part == parts - 1:
+            for j0 in tl.range(segment * 128, walk[7], BJ, num_stages=1):
+                dq, far_dq, ahead_dq, other_dq = _dq_step(
+                    (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
+                    EDGE, True, P,
+                )  # fmt: skip
+        live_ptr += b * live_b + segment * n.blocks
+        lo, hi = share(0, tl.load(count_ptr + b * (live_b // n.blocks) + segment), part, parts, 1)
+        SEEN: tl.constexpr = P.window or P.stored
+        for step in range(lo, hi):
+            j0 = tl.load(live_ptr + step) * 64
             dq, far_dq, ahead_dq, other_dq = _dq_step(
                 (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
-                FAR, False, P,
+                EDGE, SEEN, P,
             )  # fmt: skip
-    for j0 in range(lo, hi, BJ):
-        dq, far_dq, ahead_dq, other_dq = _dq_step(
-            (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
-            NEAR, False, P,
-        )  # fmt: skip
+    else:
+        lo, hi = share(0, edges(walk, BJ, P), part, parts, 1)
+        for step in tl.range(lo, hi, num_stages=1):
+            j0 = edge(step, walk, BJ, P)
+            dq, far_dq, ahead_dq, other_dq = _dq_step(
+                (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
+                EDGE, True, P,
+            )  # fmt: skip
+        if P.extend == 1:
+            lo, hi = share(walk[3], walk[4], part, parts, BJ)
+            for j0 in range(lo, hi, BJ):
+                dq, far_dq, ahead_dq, other_dq = _dq_step(
+                    (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
+                    FAR, False, P,
+                )  # fmt: skip
+        lo, hi = share(walk[5] if P.extend == 1 else walk[3], walk[6], part, parts, BJ)
+        for j0 in range(lo, hi, BJ):
+            dq, far_dq, ahead_dq, other_dq = _dq_step(
+                (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
+                NEAR, False, P,
+            )  # fmt: skip
 
     scale = n.scale * 0.6931471805599453
     at = part * tl.cast(dq_part, tl.int64) + b * dq_b + h * dq_h + tl.cast(i0 - dq_first, tl.int64) * dq_i

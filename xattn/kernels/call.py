@@ -9,10 +9,11 @@ from typing import NamedTuple
 class Parts(NamedTuple):
     """Structure: one kernel is compiled for each value of this.
 
-    extend: 0, or Self-Extend: 1 causal, 2 both ways. select: selective attention. band: its scratch holds a band beside
-    the diagonal (a window without sinks). stored: positions are read, else slot i holds token i. group: query heads that
-    share a key head. exact: sums of votes
-    are float32 throughout. even: lengths are multiples of 128, so no tile is ragged. pair: query heads that one program of the dQ kernel takes (they share F). warps: of the launch.
+    extend: 0, or Self-Extend: 1 causal, 2 both ways. select: selective attention. skip: keys whose penalty has reached a
+    threshold are dead, and blocks of them are not visited. band: selection's scratch holds a band beside the diagonal (a
+    window without sinks). stored: positions are read, else slot i holds token i. group: query heads that share a key head.
+    exact: votes are summed in float32 throughout. even: lengths are multiples of 128, so no tile is ragged. warps: of the
+    launch. pair: query heads that one program of the dQ kernel takes (they share F); slices: of dF, one a pair.
     """
 
     causal: bool
@@ -24,6 +25,7 @@ class Parts(NamedTuple):
     alibi: bool
     extend: int
     select: bool
+    skip: bool
     band: bool
     sink_logits: bool
     group: int

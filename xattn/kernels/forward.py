@@ -7,7 +7,21 @@ import triton
 import triton.language as tl
 
 from xattn.kernels.scratch import penalty
-from xattn.kernels.stages import BOTH, FAR, LOG2E, NEAR, allowed, logits, modify, normalise, put_rows, rows, stand, weigh
+from xattn.kernels.stages import (
+    BOTH,
+    FAR,
+    LOG2E,
+    NEAR,
+    allowed,
+    logits,
+    modify,
+    normalise,
+    put_rows,
+    rows,
+    stand,
+    subtract,
+    weigh,
+)
 from xattn.kernels.walk import edge, edges, keys_of
 
 
@@ -16,7 +30,7 @@ def _step(state, q, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl.co
     """The five stages over one tile of keys."""
     BJ: tl.constexpr = P.block_j
     acc_id, total_i, top_i = state
-    pos_i, doc_i, slope, qb = i_at
+    pos_i, doc_i, slope, qb, dead = i_at
     k_ptr, far_k_ptr, v_ptr, scratch_ptr, pos_ptr, doc_ptr = keys
     row = tl.arange(0, BJ)
     k_at = tl.cast(j0, tl.int64) * k_j
@@ -32,7 +46,7 @@ def _step(state, q, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl.co
     sim_ij = logits(q, (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, False, P)
     sim_ij, _ = modify(sim_ij, pos_i, pos_j, slope, n, P)
     if P.select:
-        sim_ij -= penalty(scratch_ptr, qb, j0 // 64, n, False, P)
+        sim_ij = subtract(sim_ij, penalty(scratch_ptr, qb, j0 // 64, n, False, P), dead, P)
     if MASK:
         sim_ij = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), sim_ij, float("-inf"))
     v_jd = rows(v_ptr + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, MASK, P)
@@ -42,8 +56,10 @@ def _step(state, q, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl.co
 @triton.jit(do_not_specialize=["n", "first_block"])
 def forward(
     q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, scratch_ptr,
+    dead_ptr, live_ptr, count_ptr,
     pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i: tl.constexpr, k_b, k_g,
-    k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, out_b, out_h, out_i, scratch_b, first_block, n, P: tl.constexpr,
+    k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, out_b, out_h, out_i, scratch_b, live_b,
+    first_block, n, P: tl.constexpr,
 ):  # fmt: skip
     """Output and base-2 log-sum-exp (b h i) of the blocks of queries from first_block on; the last, heaviest, first."""
     BI: tl.constexpr = P.block_i
@@ -75,7 +91,10 @@ def forward(
     slope = 0.0
     if P.alibi:
         slope = tl.load(slope_ptr + h)
-    i_at = (pos_i[:, None], doc_i[:, None], slope, i0 // 64)
+    dead = 0.0
+    if P.skip:
+        dead = tl.load(dead_ptr)
+    i_at = (pos_i[:, None], doc_i[:, None], slope, i0 // 64, dead)
 
     acc = tl.zeros([BI, BLOCK_D], tl.float32)
     total = tl.zeros([BI], tl.float32)
@@ -83,15 +102,26 @@ def forward(
     walk = keys_of(block, walk_ptr + b * walk_b, n, P)
     in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
-    for step in tl.range(0, edges(walk, BJ, P), num_stages=1):
-        j0 = edge(step, walk, BJ, P)
-        acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, True, P)
-    if P.extend == 1:
-        for j0 in range(in_lo, mid_lo, BJ):
-            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, FAR, False, P)
-        in_lo = mid_hi
-    for j0 in range(in_lo, in_hi, BJ):
-        acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, NEAR, False, P)
+    if P.skip:
+        # the segment's own keys first: each query sees itself, so no later tile can leave it without a finite maximum
+        segment = i0 // 128
+        for j0 in tl.range(segment * 128, walk[7], BJ, num_stages=1):
+            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, True, P)
+        live_ptr += b * live_b + segment * n.blocks
+        MASK: tl.constexpr = P.window or P.stored
+        for step in range(0, tl.load(count_ptr + b * (live_b // n.blocks) + segment)):
+            j0 = tl.load(live_ptr + step) * 64
+            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, MASK, P)
+    else:
+        for step in tl.range(0, edges(walk, BJ, P), num_stages=1):
+            j0 = edge(step, walk, BJ, P)
+            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, True, P)
+        if P.extend == 1:
+            for j0 in range(in_lo, mid_lo, BJ):
+                acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, FAR, False, P)
+            in_lo = mid_hi
+        for j0 in range(in_lo, in_hi, BJ):
+            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, NEAR, False, P)
 
     sink = 0.0
     if P.sink_logits:

@@ -12,7 +12,7 @@ from torch import Tensor
 from xattn.kernels import backward, forward, selection
 from xattn.kernels.call import Numbers, Parts
 from xattn.kernels.scratch import SPARE, rows_before
-from xattn.kernels.selection import SEGMENT
+from xattn.kernels.selection import SEGMENT, SKIP_SEGMENT
 from xattn.kernels.tiles import Tile, pair, small, tile
 
 LOG2E = 1.4426950408889634
@@ -26,7 +26,8 @@ class Inputs:
     """The tensors of a call; those that its parts do not need are None.
 
     q (b h i d), k, v (b g j d), rotated; far_q, ahead_q, far_k: rotated to Self-Extend's grouped positions. sink (h),
-    slopes (h) float32. pos, doc (b n) int32 with walks from `walk.table`, all or none. b may be 1 in them.
+    slopes (h) float32. dead (1) float32: the penalty, in log2, at which a key is dead. pos, doc (b n) int32 with walks from
+    `walk.table`, all or none; b may be 1 in them.
     """
 
     q: Tensor
@@ -37,6 +38,7 @@ class Inputs:
     far_k: Tensor | None = None
     sink: Tensor | None = None
     slopes: Tensor | None = None
+    dead: Tensor | None = None
     pos_i: Tensor | None = None
     pos_j: Tensor | None = None
     doc_i: Tensor | None = None
@@ -77,8 +79,8 @@ def _parts(x: Inputs, o: Options) -> Parts:
     return Parts(
         causal=o.causal, window=o.window > 0, sinks=o.sinks > 0, stored=x.pos_i is not None, docs=x.doc_i is not None,
         softcap=o.cap > 0, alibi=x.slopes is not None, extend=0 if o.near == 0 else 1 if o.causal else 2,
-        select=o.sim_head >= 0, band=o.sim_head >= 0 and o.window > 0 and o.sinks == 0, sink_logits=x.sink is not None,
-        group=x.q.shape[1] // x.k.shape[1], d=d, block_d=max(16, triton.next_power_of_2(d)),
+        select=o.sim_head >= 0, skip=x.dead is not None, band=o.sim_head >= 0 and o.window > 0 and o.sinks == 0,
+        sink_logits=x.sink is not None, group=x.q.shape[1] // x.k.shape[1], d=d, block_d=max(16, triton.next_power_of_2(d)),
         exact=x.q.dtype == torch.float32 or INTERPRETED, even=x.q.shape[2] % 128 == 0 and x.k.shape[2] % 128 == 0,
     )  # fmt: skip
 
@@ -88,8 +90,9 @@ def _numbers(x: Inputs, o: Options) -> Numbers:
     window = min(o.window, max(n_i, n_j)) if x.pos_i is None else o.window
     blocks = -(-n_i // 128) * 2
     return Numbers(
-        batch=x.q.shape[0], heads=x.q.shape[1], n_i=n_i, n_j=n_j, window=window, sinks=o.sinks, near=o.near, group=max(o.group, 1),
-        scale=o.scale * LOG2E, cap=o.cap * LOG2E, blocks=blocks, width=min(-(-(window - 1) // 64) + 1, blocks) if o.window else 0,
+        batch=x.q.shape[0], heads=x.q.shape[1], n_i=n_i, n_j=n_j, window=window, sinks=o.sinks, near=o.near, group=max(o.group,
+        1), scale=o.scale * LOG2E, cap=o.cap * LOG2E, blocks=blocks, width=min(-(-(window - 1) // 64) + 1,
+        blocks) if o.window else 0,
     )  # fmt: skip
 
 
@@ -112,6 +115,9 @@ class _Call:
         def row(t: Tensor | None) -> int:
             return 0 if t is None or t.shape[0] == 1 else t.stride(0)
 
+        self.segment = SKIP_SEGMENT if self.parts.skip else SEGMENT
+        # what skipping needs, once `carries` has found it: (live, count), last, and live's row
+        self.dead, self.live, self.last, self.live_b = at(x.dead), (q, q), q, 0
         self.far = (at(x.far_q), at(x.ahead_q), at(x.far_k))
         self.slopes, self.sink = at(x.slopes), at(x.sink)
         self.places = (at(x.pos_i), at(x.pos_j), at(x.doc_i), at(x.doc_j))
@@ -146,7 +152,7 @@ class _Call:
     @property
     def segments(self) -> int:
         """Segments of queries."""
-        return -(-self.n.blocks // SEGMENT)
+        return -(-self.n.blocks // self.segment)
 
     def tiles_before(self, y: int, *, by_keys: bool) -> int:
         """Tiles of scratch in rows (or columns) before y."""
@@ -191,21 +197,41 @@ class _Call:
         part[:, 0].zero_()
         selection.count_votes[(n.blocks, self.segments, n.batch)](
             *self.selecting, part[:, 1:], *self.by_key, *self.selecting_strides, part.stride(0), part.stride(1), self.o.sim_head,
-            n, SEG=SEGMENT, P=self.parts, **self.small("fill"),
+            n, SEG=self.segment, P=self.parts, **self.small("fill"),
         )  # fmt: skip
-        return part.cumsum(dim=1)
+        carry = part.cumsum(dim=1)
+        if self.parts.skip:
+            self._find_live(carry)
+        return carry
+
+    def _find_live(self, carry: Tensor) -> None:
+        """Which blocks of keys each segment must visit, and from which query on a block is dead."""
+        n = self.n
+        least = carry[:, :-1].unflatten(2, (-1, 64)).amin(dim=3)
+        live = torch.empty(n.batch, self.segments, n.blocks, device=carry.device, dtype=torch.int32)
+        count = torch.empty(n.batch, self.segments, device=carry.device, dtype=torch.int32)
+        parts = self.parts._replace(block_i=self.segment * 64)
+        selection.find_live[(self.segments, n.batch)](
+            least, self.dead, live, count, *self.by_query[4:5], self.by_query[7], least.stride(0), live.stride(0), n,
+            BLOCKS=triton.next_power_of_2(n.blocks), P=parts, num_warps=4,
+        )  # fmt: skip
+        segment = torch.arange(self.segments, device=carry.device)[:, None] * self.segment
+        # penalties never fall: once dead, dead for good; a block's own segment always visits it
+        alive = (least < self.dead) | (segment <= torch.arange(n.blocks, device=carry.device))
+        self.last = (alive.sum(dim=1) * (self.segment * 64)).to(torch.int32)
+        self.live, self.live_b = (live, count), live.stride(0)
 
     def fill(self, carry: Tensor, first: int, last: int, *, by_keys: bool) -> Tensor:
         """F in the scratch, for rows of tiles from first to last (columns when by_keys)."""
         scratch = self.scratch(first, last, by_keys=by_keys, dtype=self.penalty_dtype)
         # rows see keys up to their own; columns are seen by queries from their own on
-        first_segment = first // SEGMENT
-        last_segment = self.segments if by_keys else -(-last // SEGMENT)
+        first_segment = first // self.segment
+        last_segment = self.segments if by_keys else -(-last // self.segment)
         grid = (last - first if by_keys else last, last_segment - first_segment, self.n.batch)
         selection.fill[grid](
-            *self.selecting, carry, scratch, *self.by_key, *self.selecting_strides, carry.stride(0), carry.stride(1),
+            *self.selecting, carry, self.last, scratch, *self.by_key, *self.selecting_strides, carry.stride(0), carry.stride(1),
             scratch.stride(1), first if by_keys else 0, first_segment, self.n.blocks if by_keys else last, self.o.sim_head,
-            self.n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts,
+            self.n._replace(first=first), SEG=self.segment, BY_KEYS=by_keys, P=self.parts,
             **self.small("fill"),
         )  # fmt: skip
         return scratch
@@ -235,9 +261,10 @@ def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         if blocks <= 0:
             continue
         forward.forward[(blocks * b * h,)](
-            x.q, x.k, x.v, *call.far, out, lse, call.sink, call.slopes, scratch, *call.by_query, *x.q.stride()[:3],
-            *x.k.stride()[:3], *x.v.stride()[:3], *out.stride()[:3], scratch.stride(1) if parts.select else 0,
-            first * 64 // t.block_i, n._replace(first=first), P=parts, **how,
+            x.q, x.k, x.v, *call.far, out, lse, call.sink, call.slopes, scratch, call.dead, *call.live, *call.by_query,
+            *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *out.stride()[:3],
+            scratch.stride(1) if parts.select else 0, call.live_b, first * 64 // t.block_i, n._replace(first=first), P=parts,
+            **how,
         )  # fmt: skip
     return out, lse
 
@@ -288,14 +315,14 @@ def _dkdv(
     column = delta
     strides = (0, 0, 0)
     if parts.select:
-        per_segment = SEGMENT * 64 // t.block_i
+        per_segment = call.segment * 64 // t.block_i
         column = torch.zeros(b, h, call.segments * per_segment, columns, device=x.q.device, dtype=torch.float32)
         strides = column.stride()[:3]
     blocks = -(-(min(last * 64, n.n_j) - first * 64) // t.block_j) if parts.select else -(-n.n_j // t.block_j)
     dk, dv = grads["k"], grads["v"]
     backward.find_dkdv[(max(blocks, 0) * b * x.k.shape[1],)](
-        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, column, dk, grads.get("far_k", dk), dv, *call.by_key,
-        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3],
+        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, column, call.dead, call.last, dk, grads.get("far_k",
+        dk), dv, *call.by_key, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3],
         scratch.stride(1) if parts.select else 0, *strides, first * 64 // t.block_j, n._replace(first=first), P=parts, **how,
     )  # fmt: skip
     if not parts.select:
@@ -318,10 +345,10 @@ def _dq(
     dq = into["q"]
     selected = (scratch.stride(1), slices.stride(0)) if parts.select else (0, 0)
     backward.find_dq[(max(blocks, 0) * n.batch * (n.heads // parts.pair), dq.shape[0])](
-        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, slices, dq, into.get("far_q", dq),
-        into.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
-        *dout.stride()[:3], *dq.stride()[:4], first * 64, *selected, first * 64 // t.block_i, n._replace(first=first),
-        P=parts, **how,
+        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, slices, call.dead, *call.live, dq, into.get("far_q",
+        dq), into.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
+        *dout.stride()[:3], *dq.stride()[:4], first * 64, *selected, call.live_b, first * 64 // t.block_i,
+        n._replace(first=first), P=parts, **how,
     )  # fmt: skip
 
 
@@ -369,19 +396,19 @@ def _dq_and_selection(
         # F has done its work: dz takes its place
         dz = scratch.view(x.q.dtype)
         numbers = n._replace(first=first)
-        first_segment, last_segment = first // SEGMENT, -(-last // SEGMENT)
+        first_segment, last_segment = first // call.segment, -(-last // call.segment)
         selection.spread[(last, last_segment - first_segment, n.batch)](
-            head_q, head_k, head_far_q, head_far_k, slopes, suffix, slices, dz, *call.by_key, q_b, q_i, k_b, k_j, suffix.stride(0),
-            suffix.stride(1), scratch.stride(1), slices.stride(0), first_segment, last, s, numbers, SEG=SEGMENT,
-            P=parts._replace(slices=slices_count), **call.small("spread"),
+            head_q, head_k, head_far_q, head_far_k, slopes, suffix, call.last, slices, dz, *call.by_key, q_b, q_i, k_b, k_j,
+            suffix.stride(0), suffix.stride(1), scratch.stride(1), slices.stride(0), first_segment, last, s, numbers,
+            SEG=call.segment, P=parts._replace(slices=slices_count), **call.small("spread"),
         )  # fmt: skip
         selection.add_dq[(rows, n.batch, shares)](
-            head_k, head_far_k, dz, dq, far_dq, *call.by_query, k_b, k_j, *dq.stride()[:3], first * 64, scratch.stride(1), first,
-            numbers, P=parts, **call.small("add"),
+            head_k, head_far_k, *call.live, dz, dq, far_dq, *call.by_query, k_b, k_j, *dq.stride()[:3], first * 64,
+            scratch.stride(1), call.live_b, first, numbers, P=parts, **call.small("add"),
         )  # fmt: skip
         selection.add_dk[(min(last, -(-n.n_j // 64)), n.batch)](
-            head_q, head_far_q, dz, dk, far_dk, *call.by_key, q_b, q_i, dk.stride(0), dk.stride(1), scratch.stride(1), first, last,
-            numbers, P=parts, **call.small("add"),
+            head_q, head_far_q, call.last, dz, dk, far_dk, *call.by_key, q_b, q_i, dk.stride(0), dk.stride(1),
+            scratch.stride(1), first, last, numbers, P=parts, **call.small("add"),
         )  # fmt: skip
         if shares > 1:
             for name, t in mine.items():

@@ -1,6 +1,6 @@
 """Selection: the votes of one head become the penalty F of all, and the gradient of F becomes that head's.
 
-Everything is in tiles of 64 x 64. A segment is SEGMENT rows of tiles: `count_votes` leaves each segment's column sums,
+Everything is in tiles of 64 x 64. A segment is a few rows of tiles: `count_votes` leaves each segment's column sums,
 whose running sum is the carry with which `fill` starts a segment. The gradient runs the other way: R_kj, the sum of
 dF_ij over the queries i after k, starts a segment from a carry and walks it from its last row to its first.
 """
@@ -12,8 +12,8 @@ from xattn.kernels.scratch import pack, slot, unpack
 from xattn.kernels.stages import BOTH, NEAR, allowed, logits, modify, put_rows, rows, stand, votes
 from xattn.kernels.walk import keys_of, queries_of, share
 
-# tiles (of 64 queries) in a segment
-SEGMENT = 8
+# tiles (of 64 queries) in a segment; with skipping, whether a block of keys is dead is asked once a segment
+SEGMENT, SKIP_SEGMENT = 8, 2
 
 
 @triton.jit
@@ -53,10 +53,12 @@ def _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, qb, n, TRANSPOSED
 
 
 @triton.jit
-def _segment(block, seg, walk_ptr, n, SEG: tl.constexpr, P: tl.constexpr):
-    """First tile, and one past the last, of the queries in this segment that may see the block of keys."""
+def _segment(block, seg, walk_ptr, last_ptr, n, SEG: tl.constexpr, P: tl.constexpr):
+    """First tile, and one past the last, of the queries in this segment that may see a living key of the block."""
     walk = queries_of(block, walk_ptr, n, P)
     lo, hi = walk[2], walk[7]
+    if P.skip:
+        hi = tl.minimum(hi, tl.load(last_ptr + block))
     return tl.maximum(seg * SEG, lo // 64), tl.minimum((seg + 1) * SEG, (hi + 63) // 64)
 
 
@@ -75,13 +77,35 @@ def count_votes(
     if P.alibi:
         slope = tl.load(slope_ptr + head)
     total = tl.zeros([64], tl.float32)
-    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, n, SEG, P)
+    walk = queries_of(kb, walk_ptr + b * walk_b, n, P)
+    t_lo, t_hi = tl.maximum(seg * SEG, walk[2] // 64), tl.minimum((seg + 1) * SEG, (walk[7] + 63) // 64)
     for t in range(t_lo, t_hi):
         sim, _, ok, pos_i, pos_j = _tile(
             q_ptr + b * q_b, far_q_ptr + b * q_b, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, P
         )  # fmt: skip
         total += tl.sum(votes(sim, ok, pos_i, pos_j), 1)
     tl.store(part_ptr + b * part_b + tl.cast(seg, tl.int64) * part_s + kb * 64 + tl.arange(0, 64), total)
+
+
+@triton.jit(do_not_specialize=["n"])
+def find_live(
+    least_ptr, dead_ptr, live_ptr, count_ptr, walk_ptr, walk_b, least_b, live_b, n, BLOCKS: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """Blocks of keys before a segment of 128 queries that may be seen from it and hold a living key, in order.
+
+    least (b segments blocks) is the smallest penalty in a block at the segment's first query.
+    """
+    seg, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    kb = tl.arange(0, BLOCKS)
+    walk = keys_of(seg, walk_ptr + b * walk_b, n, P)
+    seen = (kb * 64 >= walk[2]) & (kb * 64 < walk[7])
+    if P.sinks:
+        seen = seen | ((kb * 64 >= walk[0]) & (kb * 64 < walk[1]))
+    seen = seen & (kb < seg * 2)
+    least = tl.load(least_ptr + b * least_b + seg * n.blocks + kb, mask=seen, other=float("inf"))
+    live = (least < tl.load(dead_ptr)).to(tl.int32)
+    tl.store(live_ptr + b * live_b + seg * n.blocks + tl.cumsum(live, 0) - live, kb, mask=live > 0)
+    tl.store(count_ptr + b * (live_b // n.blocks) + seg, tl.sum(live, 0))
 
 
 @triton.jit
@@ -115,7 +139,8 @@ def _apply(ones, x, AXIS: tl.constexpr, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "first_block", "first_segment", "last_block"])
 def fill(
-    q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, carry_ptr, scratch_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr,
+    q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, carry_ptr, last_ptr, scratch_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr,
+    walk_ptr,
     pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, carry_b, carry_s, scratch_b, first_block, first_segment, last_block, head, n,
     SEG: tl.constexpr, BY_KEYS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +148,7 @@ def fill(
     kb = first_block + tl.program_id(0)
     seg = first_segment + tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, n, SEG, P)
+    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, last_ptr + b * n.blocks, n, SEG, P)
     t_hi = tl.minimum(t_hi, last_block)
     if t_lo < t_hi:
         pos_ptr, doc_ptr = pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b
@@ -154,14 +179,14 @@ def fill(
 
 @triton.jit(do_not_specialize=["n", "first_segment", "last_block"])
 def spread(
-    q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, carry_ptr, slices_ptr, dz_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr,
-    walk_ptr, pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, carry_b, carry_s, scratch_b, slice_stride, first_segment,
+    q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, carry_ptr, last_ptr, slices_ptr, dz_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr,
+    doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, carry_b, carry_s, scratch_b, slice_stride, first_segment,
     last_block, head, n, SEG: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Slices of dF -> the selecting head's gradient dz, tile by tile in rows of 64, from a segment's last tile to its first."""
     kb, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     seg = first_segment + tl.program_id(1)
-    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, n, SEG, P)
+    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, last_ptr + b * n.blocks, n, SEG, P)
     t_hi = tl.minimum(t_hi, last_block)
     SLICES: tl.constexpr = P.slices
     if t_lo < t_hi:
@@ -196,8 +221,8 @@ def spread(
 
 @triton.jit(do_not_specialize=["n", "first_block", "dq_first", "dq_part"])
 def add_dq(
-    k_ptr, far_k_ptr, dz_ptr, dq_ptr, far_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
-    k_b, k_j, dq_part, dq_b, dq_i, dq_first, scratch_b, first_block, n, P: tl.constexpr,
+    k_ptr, far_k_ptr, live_ptr, count_ptr, dz_ptr, dq_ptr, far_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr,
+    pos_i_b, pos_j_b, walk_b, k_b, k_j, dq_part, dq_b, dq_i, dq_first, scratch_b, live_b, first_block, n, P: tl.constexpr,
 ):  # fmt: skip
     """dQ += dz K of the selecting head, a block of 64 queries; axis 2 of the grid shares out its keys, as in the dQ kernel."""
     BLOCK_D: tl.constexpr = P.block_d
@@ -210,16 +235,24 @@ def add_dq(
     front_lo, front_hi, lo, hi = walk[0], walk[1], walk[2], walk[7]
     fronts = (tl.maximum(front_hi - front_lo, 0) + 63) // 64
     count = fronts + (tl.maximum(hi - lo, 0) + 63) // 64
+    segment = qb // 2
+    if P.skip:
+        # living blocks before the segment, then its own
+        live_ptr += b * live_b + segment * n.blocks
+        fronts = tl.load(count_ptr + b * (live_b // n.blocks) + segment)
+        lo = segment * 128
+        count = fronts + (hi - lo + 63) // 64
     part = tl.program_id(2)
     first_step, last_step = share(0, count, part, tl.num_programs(2), 1)
     for step in range(first_step, last_step):
-        j0 = tl.where(step < fronts, front_lo + step * 64, lo + (step - fronts) * 64)
-        kb = j0 // 64
+        kb = tl.where(step < fronts, front_lo // 64 + step, lo // 64 + step - fronts)
+        if P.skip:
+            kb = tl.where(step < fronts, tl.load(live_ptr + tl.minimum(step, n.blocks - 1)), kb)
         dz = tl.load(dz_ptr + b * scratch_b + slot(qb, kb, n, False, P) * 4096 + i[:, None] * 64 + i[None, :])
         k_jd, far_k_jd, pos_j, doc_j = _keys(
             k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
         )  # fmt: skip
-        if P.stored:
+        if P.stored or P.skip:
             # the walk of these queries may pass tiles in which nobody sees anybody
             ok = allowed(pos_i[:, None], pos_j[None, :], doc_i[:, None], doc_j[None, :], n, P)
             dz = tl.where(ok, dz, 0.0)
@@ -239,8 +272,8 @@ def add_dq(
 
 @triton.jit(do_not_specialize=["n", "first_block", "last_block"])
 def add_dk(
-    q_ptr, far_q_ptr, dz_ptr, dk_ptr, far_dk_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b,
-    q_b, q_i, dk_b, dk_j, scratch_b, first_block, last_block, n, P: tl.constexpr,
+    q_ptr, far_q_ptr, last_ptr, dz_ptr, dk_ptr, far_dk_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b,
+    pos_j_b, walk_b, q_b, q_i, dk_b, dk_j, scratch_b, first_block, last_block, n, P: tl.constexpr,
 ):  # fmt: skip
     """dK += dz^T Q of the selecting head, a block of 64 keys, over the blocks of queries from first_block to last_block."""
     BLOCK_D: tl.constexpr = P.block_d
@@ -251,6 +284,8 @@ def add_dk(
     far_dk = tl.zeros([64, BLOCK_D], tl.float32)
     walk = queries_of(kb, walk_ptr + b * walk_b, n, P)
     lo, hi = walk[2], walk[7]
+    if P.skip:
+        hi = tl.minimum(hi, tl.load(last_ptr + b * n.blocks + kb))
     t_lo, t_hi = tl.maximum(lo // 64, first_block), tl.minimum((hi + 63) // 64, last_block)
     for t in range(t_lo, t_hi):
         dz = tl.load(dz_ptr + b * scratch_b + slot(t, kb, n, False, P) * 4096 + i[:, None] * 64 + i[None, :])

@@ -171,6 +171,15 @@ def votes(sim, ok, pos_i, pos_j):
     return tl.where(ok & (pos_i != pos_j) & (pos_j != 0), tl.maximum(sim, 0.0), 0.0)
 
 
+@triton.jit
+def subtract(sim, penalty, dead, P: tl.constexpr):
+    """Logits less the penalty; with skipping, -inf for keys whose penalty has reached `dead`."""
+    sim -= penalty
+    if P.skip:
+        sim = tl.where(penalty < dead, sim, float("-inf"))
+    return sim
+
+
 # Stage 5: normaliser
 
 

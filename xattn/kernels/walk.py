@@ -164,6 +164,15 @@ def edge(step, walk, STEP: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
+def clip(walk, end):
+    """The walk up to `end`, a multiple of its step."""
+    return (
+        walk[0], walk[1], tl.minimum(walk[2], end), tl.minimum(walk[3], end), tl.minimum(walk[4], end), tl.minimum(walk[5], end),
+        tl.minimum(walk[6], end), tl.minimum(walk[7], end),
+    )  # fmt: skip
+
+
+@triton.jit
 def share(lo, hi, part, parts, STEP: tl.constexpr):
     """The part of a range of whole tiles that falls to one of several programs."""
     each = ((hi - lo) // STEP + parts - 1) // parts * STEP

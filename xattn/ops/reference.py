@@ -47,6 +47,9 @@ def reference(
             sim_bhij, allowed_bij, pos_bi, pos_bj, carry_bj, layout_i.order_bn
         )
         sim_bhij = sim_bhij - penalty_bij[:, None]
+        if spec.selection.selection_skip is not None:
+            threshold = spec.selection.threshold(spec.reach(q_bhid, k_bgjd), layout_j.n)
+            allowed_bij = allowed_bij & (penalty_bij < threshold)
     attn_bhij = spec.normaliser.weights(sim_bhij, allowed_bij, sink_logits_h)
 
     attn_bhij = dropout(attn_bhij, p=dropout_p, training=dropout_p > 0).to(v_bhjd.dtype)

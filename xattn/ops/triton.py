@@ -23,12 +23,13 @@ SUPPORTS = frozenset(
     "causal bidirectional kv_heads padding documents free_positions cross_length "
     "rotary_pos_emb rotary_base rotary_emb_dim rope_scaling rope_scaling_factor rope_original_len "
     "self_extend_group self_extend_window logit_softcap alibi_pos_bias sliding_window sink_tokens sink_logits "
-    "attn_selective sim_head".split()
+    "attn_selective sim_head selection_skip".split()
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 256
 # what selection may hold at once, in bytes: F, and in the backward its gradient
 SCRATCH_BYTES = 256 * 2**20
+LOG2E = 1.4426950408889634
 _scratch_bytes = SCRATCH_BYTES
 
 
@@ -103,11 +104,15 @@ def with_lse(
         if near:
             far = _grouped(q_bhid, k_bgjd, spec, layout_i, layout_j)
         q_bhid, k_bgjd = (_rotated(x, positions, at) for x, at in ((q_bhid, layout_i), (k_bgjd, layout_j)))
+    dead = None
+    if spec.selection is not None and spec.selection.selection_skip is not None:
+        # the kernels count in units of log2
+        dead = (spec.selection.threshold(spec.reach(q_bhid, k_bgjd), layout_j.n) * LOG2E).float().reshape(1)
     cap = next((part.logit_softcap for part in spec.score if isinstance(part, Softcap)), 0.0)
     alibi = any(isinstance(part, Alibi) for part in spec.score)
     inputs = Inputs(
         q=q_bhid, k=k_bgjd, v=v_bgjd, **far, sink=sink_logits_h,
-        slopes=_slopes(spec.heads, layout_i) if alibi else None, **_places(spec, layout_i, layout_j, near),
+        slopes=_slopes(spec.heads, layout_i) if alibi else None, dead=dead, **_places(spec, layout_i, layout_j, near),
     )  # fmt: skip
     options = Options(
         causal=pattern.causal, window=pattern.sliding_window or 0, sinks=pattern.sink_tokens, cap=cap, near=near,
@@ -145,7 +150,7 @@ def _grouped(q: Tensor, k: Tensor, spec: AttentionSpec, layout_i: Layout, layout
 def _slopes(heads: int, layout: Layout) -> Tensor:
     def make() -> Tensor:
         # the kernels count in units of log2
-        return (Alibi.slopes(heads, layout.pos_bn.device) * 1.4426950408889634).float()
+        return (Alibi.slopes(heads, layout.pos_bn.device) * LOG2E).float()
 
     return layout.memo(("slopes", heads), make)
 

@@ -115,6 +115,10 @@ def _typed(flag: Flag, value: Any, depth: int = 0) -> Any:
         require(flag.per_layer, f"{flag.name}={list(value)} cannot differ by layer; give one value")
         require(depth == 0, f"{flag.name} holds a list within a list; a list gives one value a layer")
         return [None if v is None else _typed(flag, v, depth=1) for v in value]
+    if flag.words and isinstance(value, str):
+        if value not in flag.words:
+            raise ConfigError(unknown(flag.name, value, flag.words))
+        return value
     kinds = {int: int, float: (int, float), bool: bool, str: str}[flag.type]
     right = isinstance(value, kinds) and (flag.type is bool or not isinstance(value, bool))
     require(right, f"{flag.name}={value!r} is a {type(value).__name__}; it must be {flag.type.__name__}: {flag.help}")

@@ -4,12 +4,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from xattn.spec.features import features
 from xattn.spec.normaliser import SinkSoftmax, Softmax
 from xattn.spec.part import Part, flag, require
 from xattn.spec.pattern import Pattern
 from xattn.spec.positions import NoPositions, SelfExtend
-from xattn.spec.score import Score
+from xattn.spec.score import Score, Softcap
 from xattn.spec.selection import Selection
 
 
@@ -78,6 +81,13 @@ class AttentionSpec:
     def scale(self) -> float:
         """What dot products are multiplied by: dim_head ** -0.5."""
         return self.dim_head**-0.5
+
+    def reach(self, q_bhid: Tensor, k_bgjd: Tensor) -> Tensor:
+        """A bound on the logits' size from the longest query and key (ALiBi, which only lowers them, aside); a number."""
+        longest = [x.detach().norm(dim=-1).amax().to(torch.promote_types(x.dtype, torch.float32)) for x in (q_bhid, k_bgjd)]
+        reach = longest[0] * longest[1] * self.scale * getattr(self.positions, "temperature", 1.0)
+        caps = [part.logit_softcap for part in self.score if isinstance(part, Softcap)]
+        return reach.clamp(max=min(caps)) if caps else reach
 
     @property
     def sink_logits(self) -> bool:

@@ -18,7 +18,7 @@ class Flag:
     """One flag: its name, type, default, what it does, and what it depends on.
 
     gate: the flag without which this one has no effect. inference: meant to be switched on for trained weights.
-    per_layer: a list gives one value a layer. aliases: other accepted spellings.
+    per_layer: a list gives one value a layer. words: accepted instead of a number. aliases: other accepted spellings.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Flag:
     inference: bool = False
     per_layer: bool = True
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
 
 

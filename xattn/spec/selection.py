@@ -1,5 +1,6 @@
 """Selection: tokens decide which earlier tokens no later token needs; their votes add up to a penalty F."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,10 @@ class Selection(Part):
     F_ij = sum over queries k with j < k < i that see j of relu(sim[sim_head, k, j]); zero for the first token of a
     document. F is subtracted from every head's logits, the selecting head included. It never falls as i grows.
 
+    selection_skip=T masks keys whose F has reached T: they stay masked, for F never falls, so kernels need not visit blocks
+    of them. "bound" takes T = 2 c + ln n + 10 with c a bound on the logits: as a query's own key has F = 0 and a logit of
+    at least -c, what is masked had at most e^-10 of the weight.
+
     Source: Leviathan et al., arXiv 2410.02703, figure 2. Differs: any head may select (the paper's is 0), documents and
     padding have their own first token, and votes count only where the pattern lets a query see the key.
     """
@@ -33,8 +38,25 @@ class Selection(Part):
         aliases=("attn_sim_head",),
     )
 
+    selection_skip: float | str | None = flag(
+        float, None, "selective attention: keys whose penalty has reached this are masked for good, and kernels skip blocks "
+        "of them; 20 is usual, 'bound' keeps the error of a weight below 5e-5", gate="attn_selective", words=("bound",),
+        inference=True, aliases=("attn_selection_skip",),
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         require(self.sim_head >= 0, f"sim_head={self.sim_head} must be at least 0")
+        skip = self.selection_skip
+        require(
+            skip is None or skip == "bound" or (not isinstance(skip, str) and skip > 0),
+            f"selection_skip={skip} must be above 0, or 'bound'; 20 is usual",
+        )
+
+    def threshold(self, reach: Tensor, n: int) -> Tensor:
+        """The penalty at which a key is masked, for n keys and logits within (-reach, reach); like reach, a number."""
+        if self.selection_skip == "bound":
+            return 2 * reach + math.log(n) + 10
+        return torch.full_like(reach, self.selection_skip)
 
     def penalty(
         self,
