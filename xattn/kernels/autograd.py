@@ -5,7 +5,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from xattn.kernels.launch import LOG2E, Inputs, Options, run_backward, run_forward
+from xattn.kernels.launch import LOG2E, Inputs, Options, carry_shape, run_backward, run_forward
 
 _TENSORS = tuple(f.name for f in fields(Inputs))
 _OPTIONS = tuple(f.name for f in fields(Options))
@@ -20,8 +20,8 @@ def _run(what, given, *results):
     return what(inputs, Options(**dict(zip(_OPTIONS, given[len(_TENSORS) :], strict=True))), *results)
 
 
-def _backward(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *given) -> list[Tensor]:
-    grads = _run(run_backward, given, out, lse, dout, dlse)
+def _backward(out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tensor | None, *given) -> list[Tensor]:
+    grads = _run(run_backward, given, out, lse, carry, dout, dlse)
     return [grads[name] for name in _LEARNED if name in grads]
 
 
@@ -31,7 +31,7 @@ def _attention(
     sink: Tensor | None, slopes: Tensor | None, dead: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None,
     doc_i: Tensor | None, doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int,
     sinks: int, cap: float, near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     given = (
         q, k, v, far_q, ahead_q, far_k, sink, slopes, dead, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j, causal, window, sinks,
         cap, near, group, sim_head, scale, scratch_bytes,
@@ -40,27 +40,30 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, *_):
+def _(q, k, v, *rest):
     b, h, n, d = q.shape
-    return q.new_empty(b, n, h, d).transpose(1, 2), q.new_empty(b, h, n, dtype=torch.float32)
+    given = dict(zip((*_TENSORS, *_OPTIONS), (q, k, v, *rest), strict=True))
+    carry = carry_shape(b, n, select=given["sim_head"] >= 0, skip=given["dead"] is not None)
+    numbers = [q.new_empty(shape, dtype=torch.float32) for shape in ((b, h, n), carry)]
+    return q.new_empty(b, n, h, d).transpose(1, 2), *numbers
 
 
 @torch.library.custom_op("xattn::attention_backward", mutates_args=())
 def _attention_backward(
-    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
     sink: Tensor | None, slopes: Tensor | None, dead: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None,
     doc_i: Tensor | None, doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int,
     sinks: int, cap: float, near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
 ) -> list[Tensor]:  # fmt: skip
     return _backward(
-        out, lse, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, slopes, dead, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j,
+        out, lse, carry, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, slopes, dead, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j,
         causal, window, sinks, cap, near, group, sim_head, scale, scratch_bytes,
     )  # fmt: skip
 
 
 @_attention_backward.register_fake
-def _(out, lse, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, *_):
+def _(out, lse, carry, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, *_):
     def like(x: Tensor) -> Tensor:
         b, h, n, d = x.shape
         return x.new_empty(b, n, h, d).transpose(1, 2)
@@ -75,13 +78,13 @@ def _remember(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx, dout, dlse, backward=_attention_backward):
-    *tensors, out, lse = ctx.saved_tensors
+def _differentiate(ctx, dout, dlse, _, backward=_attention_backward):
+    *tensors, out, lse, carry = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
     # the backward counts in natural units
     dlse = None if dlse is None else dlse * LOG2E
-    grads = backward(out, lse, dout, dlse, *tensors, *ctx.options)
+    grads = backward(out, lse, carry, dout, dlse, *tensors, *ctx.options)
     names = [name for name, t in zip(_TENSORS, tensors, strict=True) if name in _LEARNED and t is not None]
     found = dict(zip(names, grads, strict=True))
     return *(found.get(name) for name in _TENSORS), *(None for _ in ctx.options)
@@ -97,15 +100,17 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, *given):
         output = _run(run_forward, given)
         _remember(ctx, given, output)
+        ctx.mark_non_differentiable(output[2])
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, dlse):
-        return _differentiate(ctx, dout, dlse, _backward)
+    def backward(ctx, dout, dlse, dcarry):
+        return _differentiate(ctx, dout, dlse, dcarry, _backward)
 
 
 def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """Fused attention: out (b h i d) in q's dtype, and the base-2 log-sum-exp (b h i) float32; both can be differentiated."""
     operator = _attention if torch.compiler.is_compiling() else _Eager.apply
-    return operator(*(getattr(inputs, name) for name in _TENSORS), *(getattr(options, name) for name in _OPTIONS))
+    out, lse, _ = operator(*(getattr(inputs, name) for name in _TENSORS), *(getattr(options, name) for name in _OPTIONS))
+    return out, lse

@@ -132,6 +132,8 @@ def find_dkdv(
         walk = clip(walk, end)
     in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
+    # 8 warps have registers to spare for a pipelined edge, 4 have not
+    EDGE_STAGES: tl.constexpr = 1 if P.warps == 4 else None
     for h in range(g * GROUP, g * GROUP + GROUP):
         q_at = b * q_b + h * q_h
         queries = (
@@ -144,7 +146,7 @@ def find_dkdv(
             slope = tl.load(slope_ptr + h)
         column = column_ptr + b * column_b + h * tl.cast(column_h, tl.int64) + (block - first_block) * BJ
         j_at = (pos_j, doc_j, slope, j0 // 64, column, column_i, dead)
-        for step in tl.range(0, edges(walk, BI, P), num_stages=1):
+        for step in tl.range(0, edges(walk, BI, P), num_stages=EDGE_STAGES):
             i0 = edge(step, walk, BI, P)
             dk, far_dk, dv = _dkdv_step((dk, far_dk, dv), kv, j_at, queries, q_i, dout_i, i0, n, EDGE, True, P)
         for i0 in range(in_lo, mid_lo, BI):
@@ -160,6 +162,34 @@ def find_dkdv(
     put_rows(dv_ptr + at, dv, row, dk_j, n.n_j - j0, P)
     if P.extend > 0:
         put_rows(far_dk_ptr + at, far_dk * scale, row, dk_j, n.n_j - j0, P)
+
+
+@triton.jit(do_not_specialize=["n", "first_block", "column_b", "column_h", "column_i"])
+def sum_columns(
+    column_ptr, sum_ptr, last_ptr, walk_ptr, walk_b, column_b, column_h, column_i, sum_b, sum_t, first_block, n,
+    SEG: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Column sums of dS over the heads and queries of a segment, 64 keys: (b segments c), of the tiles that were visited."""
+    BI: tl.constexpr = P.block_i
+    BJ: tl.constexpr = P.block_j
+    TILES: tl.constexpr = SEG * 64 // BI
+    c, seg, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kb = first_block + c
+    walk = queries_of(kb * 64 // BJ, walk_ptr + b * walk_b, n, P)
+    lo, hi = walk[2], walk[7]
+    if P.skip:
+        end = tl.load(last_ptr + b * n.blocks + kb * 64 // BJ * (BJ // 64))
+        for more in tl.static_range(1, BJ // 64):
+            end = tl.maximum(end, tl.load(last_ptr + b * n.blocks + kb * 64 // BJ * (BJ // 64) + more))
+        hi = tl.minimum(hi, end)
+    t = seg * TILES + tl.arange(0, TILES)
+    j = tl.arange(0, 64)
+    visited = (t * BI >= lo) & (t * BI < hi)
+    total = tl.zeros([TILES, 64], tl.float32)
+    for h in range(0, n.heads):
+        at = column_ptr + b * column_b + h * tl.cast(column_h, tl.int64) + c * 64
+        total += tl.load(at + t.to(tl.int64)[:, None] * column_i + j[None, :], mask=visited[:, None], other=0.0)
+    tl.store(sum_ptr + b * sum_b + seg * sum_t + c * 64 + j, tl.sum(total, 0))
 
 
 @triton.jit

@@ -18,6 +18,8 @@ from xattn.kernels.tiles import Tile, pair, small, tile
 LOG2E = 1.4426950408889634
 # enough programs of the dQ kernel for the largest GPUs: four for each of 132 processors
 _PROGRAMS = 528
+# carries are kept for the backward up to 128 bytes a key
+_KEPT_SEGMENTS = 32
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -190,8 +192,14 @@ class _Call:
         """float16 is exact enough for F beside 16-bit inputs; it is never summed in it."""
         return torch.float32 if self.x.q.dtype == torch.float32 else torch.float16
 
-    def carries(self) -> Tensor:
-        """F of every key at the first query of each segment: (b segments c) float32."""
+    def carries(self, kept: Tensor | None = None) -> Tensor:
+        """F of every key at the first query of each segment: (b segments c) float32; from the forward's, if it kept them."""
+        carry = self._count() if kept is None else kept
+        if self.parts.skip:
+            self._find_live(carry)
+        return carry
+
+    def _count(self) -> Tensor:
         n, columns = self.n, self.n.blocks * 64
         part = torch.empty(n.batch, self.segments + 1, columns, device=self.x.q.device, dtype=torch.float32)
         part[:, 0].zero_()
@@ -199,10 +207,7 @@ class _Call:
             *self.selecting, part[:, 1:], *self.by_key, *self.selecting_strides, part.stride(0), part.stride(1), self.o.sim_head,
             n, SEG=self.segment, P=self.parts, **self.small("fill"),
         )  # fmt: skip
-        carry = part.cumsum(dim=1)
-        if self.parts.skip:
-            self._find_live(carry)
-        return carry
+        return part.cumsum(dim=1)
 
     def _find_live(self, carry: Tensor) -> None:
         """Which blocks of keys each segment must visit, and from which query on a block is dead."""
@@ -242,8 +247,14 @@ def _heads_last(b: int, h: int, n: int, d: int, like: Tensor) -> Tensor:
     return torch.empty(b, n, h, d, device=like.device, dtype=like.dtype).transpose(1, 2)
 
 
-def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """out (b h i d) and base-2 log-sum-exp (b h i) float32."""
+def carry_shape(b: int, n: int, *, select: bool, skip: bool) -> tuple[int, ...]:
+    """What the forward keeps of selection for the backward: the carries, while they are small beside keys and values."""
+    segments = -(-n // (64 * (SKIP_SEGMENT if skip else SEGMENT)))
+    return (b, segments + 1, -(-n // 128) * 128) if select and segments < _KEPT_SEGMENTS else (0,)
+
+
+def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """out (b h i d), base-2 log-sum-exp (b h i) float32, and what the backward can use again (`carry_shape`)."""
     call = _Call(inputs, options)
     x, n = call.x, call.n
     b, h, n_i, d = x.q.shape
@@ -266,11 +277,13 @@ def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
             scratch.stride(1) if parts.select else 0, call.live_b, first * 64 // t.block_i, n._replace(first=first), P=parts,
             **how,
         )  # fmt: skip
-    return out, lse
+    shape = carry_shape(b, n_i, select=parts.select, skip=parts.skip)
+    kept = carry if len(shape) > 1 else lse.new_empty(0)
+    return out, lse, kept
 
 
 def run_backward(
-    inputs: Inputs, options: Options, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    inputs: Inputs, options: Options, out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> dict[str, Tensor]:
     """Gradients of q, k, v, far_q, ahead_q, far_k and sink, those that exist; dlse (b h i) is the log-sum-exp's gradient."""
     call = _Call(inputs, options)
@@ -287,12 +300,12 @@ def run_backward(
     grads |= {name: _heads_last(b, h, n_i, d, x.q) for name in ("far_q", "ahead_q") if getattr(x, name) is not None}
     grads |= {"far_k": _heads_last(b, g, n_j, d, x.k)} if x.far_k is not None else {}
     if parts.select:
-        carry = call.carries()
+        carry = call.carries(carry if carry.numel() else None)
         suffix = torch.empty(b, call.segments, n.blocks * 64, device=x.q.device, dtype=torch.float32)
         for first, last in call.chunks(4096 * call.penalty_dtype.itemsize, by_keys=True):
             scratch = call.fill(carry, first, last, by_keys=True)
-            columns = _dkdv(call, grads, scratch, first, last, lse, delta, dout)
-            suffix[:, :, first * 64 : last * 64] = columns
+            suffix[:, :, first * 64 : last * 64] = _dkdv(call, grads, scratch, first, last, lse, delta, dout)
+            del scratch
         _dq_and_selection(call, grads, carry, suffix, lse, delta, dout)
     else:
         _dkdv(call, grads, x.q, 0, n.blocks, lse, delta, dout)
@@ -316,7 +329,7 @@ def _dkdv(
     strides = (0, 0, 0)
     if parts.select:
         per_segment = call.segment * 64 // t.block_i
-        column = torch.zeros(b, h, call.segments * per_segment, columns, device=x.q.device, dtype=torch.float32)
+        column = torch.empty(b, h, call.segments * per_segment, columns, device=x.q.device, dtype=torch.float32)
         strides = column.stride()[:3]
     blocks = -(-(min(last * 64, n.n_j) - first * 64) // t.block_j) if parts.select else -(-n.n_j // t.block_j)
     dk, dv = grads["k"], grads["v"]
@@ -327,7 +340,11 @@ def _dkdv(
     )  # fmt: skip
     if not parts.select:
         return None
-    sums = column.unflatten(2, (call.segments, -1)).sum(dim=(1, 3))
+    sums = torch.empty(b, call.segments, columns, device=x.q.device, dtype=torch.float32)
+    backward.sum_columns[(last - first, call.segments, b)](
+        column, sums, call.last, call.by_key[4], call.by_key[7], *strides, sums.stride(0), sums.stride(1), first, n,
+        SEG=call.segment, P=parts, num_warps=4,
+    )  # fmt: skip
     after = sums.flip(1).cumsum(dim=1).flip(1)
     # dF is minus dS; a segment starts from the segments after it
     return torch.cat([after[:, 1:], torch.zeros_like(after[:, :1])], dim=1).neg_()
@@ -413,6 +430,8 @@ def _dq_and_selection(
         if shares > 1:
             for name, t in mine.items():
                 t.copy_(into[name].sum(dim=0))
+        # before the next chunk takes its own
+        del scratch, slices, dz, into, dq, far_dq
     if len(chunks) > 1:
         for name, t in key_grads.items():
             t += sums[name].to(t.dtype)

@@ -76,18 +76,29 @@ def pack(x, M: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
+def _at(base, below, M: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
+    """Where the registers of a packed block lie whose upper left tile is `base`, the next row's `below` further on."""
+    i = tl.arange(0, M * N)
+    if M == 64 and N == 64:
+        at = base * 4096 + i
+    else:
+        down, across, inside = _place(i, M, N, WARPS)
+        at = base * 4096 + ((down * below + across) * 4096 + inside)
+    return at
+
+
+@triton.jit
 def penalty(ptr, qb, kb, n, BY_KEYS: tl.constexpr, P: tl.constexpr):
-    """F of a block whose upper left tile is (qb, kb): (queries keys), or (keys queries) when BY_KEYS; float32."""
+    """F of a block whose upper left tile is (qb, kb): (queries keys), or (keys queries) when BY_KEYS."""
     W: tl.constexpr = P.warps
     M: tl.constexpr = P.block_j if BY_KEYS else P.block_i
     N: tl.constexpr = P.block_i if BY_KEYS else P.block_j
-    down, across, inside = _place(tl.arange(0, M * N), M, N, W)
     base = slot(qb, kb, n, BY_KEYS, P)
     if BY_KEYS:
         below = slot(qb, kb + 1, n, BY_KEYS, P) - base
     else:
         below = slot(qb + 1, kb, n, BY_KEYS, P) - base
-    return unpack(tl.load(ptr + base * 4096 + ((down * below + across) * 4096 + inside)), M, N, W).to(tl.float32)
+    return unpack(tl.load(ptr + _at(base, below, M, N, W)), M, N, W)
 
 
 @triton.jit
@@ -96,12 +107,12 @@ def put_by_queries(ptr, x, qb, kb, n, MASK: tl.constexpr, P: tl.constexpr):
     W: tl.constexpr = P.warps
     M: tl.constexpr = P.block_i
     N: tl.constexpr = P.block_j
-    down, across, inside = _place(tl.arange(0, M * N), M, N, W)
     base = slot(qb, kb, n, False, P)
     below = slot(qb + 1, kb, n, False, P) - base
-    at = ptr + base * 4096 + ((down * below + across) * 4096 + inside)
+    at = ptr + _at(base, below, M, N, W)
     packed = pack(x.to(ptr.dtype.element_ty), M, N, W)
-    if MASK:
+    if MASK and not (M == 64 and N == 64):
+        down, across, inside = _place(tl.arange(0, M * N), M, N, W)
         exists = kb + across <= qb + down
         if P.band:
             exists = exists & (kb + across > qb + down - n.width)

@@ -174,9 +174,9 @@ def votes(sim, ok, pos_i, pos_j):
 @triton.jit
 def subtract(sim, penalty, dead, P: tl.constexpr):
     """Logits less the penalty; with skipping, -inf for keys whose penalty has reached `dead`."""
-    sim -= penalty
+    sim -= penalty.to(tl.float32)
     if P.skip:
-        sim = tl.where(penalty < dead, sim, float("-inf"))
+        sim = tl.where(penalty.to(tl.float32) < dead, sim, float("-inf"))
     return sim
 
 

@@ -20,11 +20,11 @@ class Tile(NamedTuple):
 _HALF: dict[tuple[str, str], tuple[Tile, Tile, Tile]] = {
     ("forward", "plain"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     ("forward", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
-    ("forward", "select"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+    ("forward", "select"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
     ("forward", "extend"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
     ("dkdv", "plain"): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
-    ("dkdv", "select"): (Tile(128, 64, 4, 2), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
+    ("dkdv", "select"): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "extend"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
     ("dq", "plain"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
     ("dq", "window"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
@@ -56,11 +56,12 @@ def small(kernel: str, *, block_d: int, itemsize: int, extend: bool) -> dict[str
     """How selection's own kernels are launched, whose tiles are always 64 x 64."""
     if kernel in _override:
         return {"num_warps": _override[kernel].warps, "num_stages": _override[kernel].stages}
+    narrow = block_d <= 64
     if itemsize > 2 or extend or block_d > 128:
         stages = 1
     else:
-        stages = 3 if block_d <= 64 else 2
-    return {"num_warps": 4, "num_stages": stages if kernel == "spread" else min(stages, 2) if kernel == "fill" else stages}
+        stages = {"fill": 3 if narrow else 2, "spread": 2, "add": 5 if narrow else 3}[kernel]
+    return {"num_warps": 4, "num_stages": stages}
 
 
 def pair(*, block_d: int, itemsize: int, heads: int, select: bool, extend: bool) -> int:
