@@ -10,7 +10,7 @@ from xattn.experiments.figure import Looks, band, panels, variant_legend
 from xattn.experiments.gather import Estimate, Row, estimate
 from xattn.experiments.judge import AS_TRAINED
 from xattn.experiments.record import read_metrics, say
-from xattn.experiments.report import MIB
+from xattn.experiments.tables import MIB
 
 # Of an extension, beside the variant's colour.
 DASHES = ("-", "--", ":", "-.")

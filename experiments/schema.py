@@ -372,12 +372,15 @@ class CompareConfig(RunConfig):
     extended: list[str] | None = None  # variants that eval.extensions are tried on; None: all
     dir: str = "runs/${study}"
     runs: str | None = None
-    param_tolerance: float = 0.02  # rows further from the baseline's parameter count are marked not comparable
+    # Rows further from the baseline's parameter count are marked not comparable. None: what the study had, 0.02 for a new one.
+    param_tolerance: float | None = None
     plots: bool = True
     memory_curve: MemoryCurveConfig = field(default_factory=MemoryCurveConfig)
 
     def check(self) -> None:
         super().check()
+        if self.param_tolerance is not None and self.param_tolerance < 0:
+            raise ConfigError(f"param_tolerance={self.param_tolerance} is negative; use 0.02 for 2 %")
         self.memory_curve.check(isolate=self.isolate)
 
 
