@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from xattn.experiments.gather import Estimate
+from xattn.experiments.gather import Estimate, Row
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too light for lines.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
@@ -34,11 +34,21 @@ class Looks:
         return look if marker else {key: value for key, value in look.items() if key not in ("marker", "ms", "mfc")}
 
 
+def measure(rows: Sequence[Row]) -> tuple[str, str]:
+    """What to judge by, and its name: bits per byte where all rows know them."""
+    if all(row.values("val", "bpb") for row in rows):
+        return "bpb", "bits per byte"
+    return "loss_nats", "loss (nats a token)"
+
+
 def panels(figure: Any, titles: Sequence[str]) -> list[Any]:
-    """One panel a title, two side by side; the figure grows with them and leaves room for a legend."""
+    """One panel a title, two side by side; the figure grows with them and leaves room for a legend: beside them, or, where
+    their number is odd, in the place of the next one.
+    """
     columns = max(min(len(titles), 2), 1)
     lines = max(-(-len(titles) // columns), 1)
-    figure.set_size_inches(columns * _PANEL[0] + _LEGEND, lines * _PANEL[1] + _TITLE)
+    beside = _LEGEND if len(titles) == columns * lines else 0.0
+    figure.set_size_inches(columns * _PANEL[0] + beside, lines * _PANEL[1] + _TITLE)
     axes = [figure.add_subplot(lines, columns, place + 1) for place in range(len(titles))]
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, loc="left", fontsize=9.5, color="#444444")
@@ -68,7 +78,11 @@ def variant_legend(
     rule: str | None = None,
     marks: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """The legend of all panels, to their right. Args: `rule` names the broken vertical line; `marks` are (marker, meaning)."""
+    """The legend of all panels, where `panels` left room.
+
+    Args:
+        rule: names the broken vertical line. marks: (marker, meaning).
+    """
     from matplotlib.lines import Line2D
 
     handles = []
@@ -78,4 +92,10 @@ def variant_legend(
     if rule is not None:
         handles.append(Line2D([], [], color="#888888", lw=0.8, ls=(0, (2, 2)), label=rule))
     handles += [Line2D([], [], color="#444444", ls="none", marker=m, ms=8, mew=1.8, mfc="none", label=text) for m, text in marks]
-    figure.legend(handles=handles, frameon=False, fontsize=8.5, loc="outside right upper")
+    look = {"handles": handles, "frameon": False, "fontsize": 8.5}
+    if len(figure.axes) > 1 and len(figure.axes) % 2:
+        empty = figure.add_subplot(len(figure.axes) // 2 + 1, 2, len(figure.axes) + 1)
+        empty.set_axis_off()
+        empty.legend(**look, loc="upper left")
+    else:
+        figure.legend(**look, loc="outside right upper")
