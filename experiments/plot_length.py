@@ -74,10 +74,17 @@ def _families(figure: Any, rows: Sequence[Row], looks: Looks, points: _Points, m
             band(ax, list(by_place), [_estimate(by_seed) for by_seed in by_place.values()], **style)
         ax.axvline(rows[0].runs[0].config.trainer.seq_len, color="#888888", lw=0.8, ls=(0, (2, 2)), zorder=0)
         if whose is not None:
-            ax.legend(fontsize=8, handlelength=3.2, framealpha=0.9, edgecolor="none")
+            _legend_above(ax, len(lines))
         yield ax
     if found:
         variant_legend(figure, looks, [row.name for row in rows], rule="trained length")
+
+
+def _legend_above(ax: Any, lines: int) -> None:
+    """A legend in two columns in room of its own: in a place that seems free it would lie on a band."""
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + (high - low) * 0.1 * -(-lines // 2))
+    ax.legend(loc="upper left", ncols=2, fontsize=8, handlelength=3.2, framealpha=0.0)
 
 
 def _extended(row: Row) -> bool:

@@ -25,7 +25,7 @@ def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
         f"judged on {result['val']['tokens']:,} fixed validation tokens; seeds {', '.join(map(str, seeds))}; "
         f"{result['device']} {result['precision']}, torch {result['versions']['torch']}, {_code(done)}.",
         "± sd: the standard deviation over seeds. ± 95 %: half the interval of the difference, paired by seed; one that holds "
-        "zero is no difference that these seeds show."
+        "zero is no difference that these seeds show. Bands of an extended variant: of the change from a seed's own score."
         if len(seeds) > 1
         else "One seed: no spread is known, so read small differences as ties.",
         f"Comparable: the same tokens in the same order, tokeniser, settings and device, and parameters within "
