@@ -53,7 +53,11 @@ def _errors(by_length: dict[str, dict[str, Any]]) -> list[str]:
 def _code(done: Sequence[Row]) -> str:
     """Which commits the runs came from; more than one is said, since code may have changed between rows."""
     results = [run.result for row in done for run in row.done]
-    commits = list(dict.fromkeys((result["commit"] or "unknown")[:12] for result in results))
+    commits = list(dict.fromkeys(result["commit"][:12] for result in results if result["commit"]))
+    if not commits:  # installed, not a checkout
+        return "xattn " + ", ".join(dict.fromkeys(result["versions"]["xattn"] for result in results))
+    if not all(result["commit"] for result in results):
+        commits.append("unknown")
     dirty = " with uncommitted changes" if any(result["dirty"] for result in results) else ""
     return f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}{dirty}"
 

@@ -242,12 +242,6 @@ class TrackingConfig:
             raise ConfigError("tracking.log_model=true has no effect: tracking.mode is disabled; use tracking.mode=auto")
 
 
-def check_tensorboard() -> None:
-    """Raise ConfigError where tracking.tensorboard=true cannot be served. Not part of `check`: old runs read without it."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("tracking.tensorboard=true needs the package tensorboard; pip install tensorboard, or drop the flag")
-
-
 @dataclass(kw_only=True)
 class PasskeyConfig:
     """A key planted in a prompt and asked for at its end, at every evaluation length; see experiments/passkey.py."""
@@ -391,6 +385,25 @@ class EvaluateConfig:
     run: str = "???"
     out: str | None = None  # None: evaluations/<number>.json in the run directory
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def check_packages(config: RunConfig) -> None:
+    """Raise ConfigError for what needs a package that is not there. Not part of `check`: old runs read without it."""
+    if config.tracking.tensorboard:
+        check_tensorboard()
+    for what, wanted, package, other in (
+        ("data.source=hf", config.data.source == "hf", "datasets", "data=text"),
+        ("data.tokenizer=bpe", config.data.tokenizer == "bpe", "tokenizers", "data.tokenizer=bytes"),
+        ("data.tokenizer=gpt2", config.data.tokenizer == "gpt2", "tiktoken", "data.tokenizer=bytes"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{what} needs the package {package}; pip install 'xattn[data]', or use {other}")
+
+
+def check_tensorboard() -> None:
+    """Raise ConfigError where tracking.tensorboard=true cannot be served."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tracking.tensorboard=true needs the package tensorboard; pip install tensorboard, or drop the flag")
 
 
 def _choice(name: str, given: str, choices: tuple[str, ...]) -> None:

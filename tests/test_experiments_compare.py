@@ -272,6 +272,11 @@ def test_runs_of_different_code_are_pointed_out(tmp_path: Path) -> None:
     assert "commits c, d" in " ".join(notes(rows_of(tmp_path), param_tolerance=0.02))
 
 
+def test_without_a_commit_the_version_is_named(tmp_path: Path) -> None:
+    made(tmp_path, "dense", commit=None, versions={"torch": "2", "xattn": "1.2.3"})
+    assert "torch 2, xattn 1.2.3." in notes(rows_of(tmp_path), param_tolerance=0.02)[0]
+
+
 def test_an_unfinished_run_counts_as_no_result(tmp_path: Path) -> None:
     made(tmp_path, "dense", status="unfinished")
     (run,) = find_runs(tmp_path)
