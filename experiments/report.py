@@ -31,6 +31,7 @@ def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
         f"Comparable: the same tokens in the same order, tokeniser, settings and device, and parameters within "
         f"{param_tolerance:.0%} of the baseline's.",
         "KV bytes a token: predicted; a 16-bit cache of one sequence of the trained length, over that length.",
+        "Tokens/s: of the median step; whatever else ran on the machine has slowed it.",
     ]
     if any(row.values("memory", "train_peak_bytes") for row in done):
         lines.append(
