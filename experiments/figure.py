@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from xattn.experiments.gather import Estimate, Row
+from xattn.experiments.gather import Estimate
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too light for lines.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
@@ -32,13 +32,6 @@ class Looks:
         """Arguments of matplotlib's `plot`."""
         look = self._looks[name] | {"label": name, "lw": 1.4, "ms": 4.5}
         return look if marker else {key: value for key, value in look.items() if key not in ("marker", "ms", "mfc")}
-
-
-def measure(rows: Sequence[Row]) -> tuple[str, str]:
-    """What to judge by, and its name: bits per byte where all rows know them."""
-    if all(row.values("val", "bpb") for row in rows):
-        return "bpb", "bits per byte"
-    return "loss_nats", "loss (nats a token)"
 
 
 def panels(figure: Any, titles: Sequence[str]) -> list[Any]:

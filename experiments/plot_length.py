@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from xattn.experiments.figure import Looks, band, measure, panels, variant_legend
-from xattn.experiments.gather import Estimate, Row, estimate
+from xattn.experiments.figure import Looks, band, panels, variant_legend
+from xattn.experiments.gather import Estimate, Row, estimate, measure
 from xattn.experiments.judge import AS_TRAINED
 
 # Of an extension, beside the variant's colour.

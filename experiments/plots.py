@@ -7,8 +7,8 @@ from typing import Any
 
 from xattn.experiments.curve import Curve
 from xattn.experiments.curve_report import paint_curves
-from xattn.experiments.figure import Looks, measure, panels, variant_legend
-from xattn.experiments.gather import Row, estimate
+from xattn.experiments.figure import Looks, panels, variant_legend
+from xattn.experiments.gather import Row, estimate, measure
 from xattn.experiments.plot_length import paint_length, paint_position
 from xattn.experiments.plot_loss import paint_loss
 from xattn.experiments.record import say

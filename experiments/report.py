@@ -42,7 +42,7 @@ def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
         for name, by in row.first["val_by_length"].items():
             lines += [f"{row.name}, {name}: not possible: {error}" for error in _errors(by)]
         for name, by in (row.first.get("passkey") or {}).items():
-            known = _errors(row.first["val_by_length"][name])
+            known = _errors(row.first["val_by_length"].get(name, {}))
             lines += [f"{row.name}, {name}: no key could be asked for: {error}" for error in _errors(by) if error not in known]
     return lines
 
@@ -56,7 +56,7 @@ def _code(done: Sequence[Row]) -> str:
     results = [run.result for row in done for run in row.done]
     commits = list(dict.fromkeys(result["commit"][:12] for result in results if result["commit"]))
     if not commits:  # installed, not a checkout
-        return "xattn " + ", ".join(dict.fromkeys(result["versions"]["xattn"] for result in results))
+        return "xattn " + ", ".join(dict.fromkeys(str(result["versions"].get("xattn", "unknown")) for result in results))
     if not all(result["commit"] for result in results):
         commits.append("unknown")
     dirty = " with uncommitted changes" if any(result["dirty"] for result in results) else ""

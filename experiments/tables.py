@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from xattn.experiments.gather import Estimate, Row, delta, estimate
+from xattn.experiments.gather import Estimate, Row, delta, estimate, measure
 from xattn.experiments.judge import AS_TRAINED
 from xattn.experiments.outcome import backend_summary
 
@@ -26,7 +26,9 @@ def main_table(rows: Sequence[Row]) -> Table:
     """One line a variant: quality, its difference to the baseline, cost, and the back-end that really ran."""
     # Two kinds of ±, so that each says which one it is.
     spread, interval = (" ± sd", " ± 95 %") if any(len(row.done) > 1 for row in rows) else ("", "")
-    header = ["variant", f"val bpb{spread}", f"delta{interval}", f"val ppl{spread}", "params", "train peak MiB",
+    judged, _ = measure(rows)
+    change = {"bpb": "delta bpb", "loss_nats": "delta nats"}[judged]
+    header = ["variant", f"val bpb{spread}", f"{change}{interval}", f"val ppl{spread}", "params", "train peak MiB",
               "infer peak MiB", "KV B/token", "tokens/s", "back-end", "comparable"]  # fmt: skip
     cells = []
     for row in rows:
@@ -34,14 +36,12 @@ def main_table(rows: Sequence[Row]) -> Table:
             cells.append([row.name, *[_NONE] * (len(header) - 2), "no result: " + "; ".join(row.failures)])
             continue
         backend = backend_summary(row.first["backends"])
-        cells.append([row.name, *_quality(row, rows[0]), *_cost(row), backend, _verdict(row, rows[0])])
+        cells.append([row.name, *_quality(row, rows[0], judged), *_cost(row), backend, _verdict(row, rows[0])])
     return Table(title="Trained on equal tokens", header=header, cells=cells, left=("back-end", "comparable"))
 
 
-def _quality(row: Row, baseline: Row) -> list[str]:
-    has_bytes = bool(row.values("val", "bpb"))
-    measure = ("val", "bpb") if has_bytes else ("val", "loss_nats")
-    difference = None if row is baseline else delta(row, baseline, *measure)
+def _quality(row: Row, baseline: Row, judged: str) -> list[str]:
+    difference = None if row is baseline else delta(row, baseline, "val", judged)
     return [
         _show(estimate(row.values("val", "bpb").values()), "{:.4f}"),
         _show(difference, "{:+.4f}", interval=True),
@@ -75,7 +75,8 @@ def length_table(rows: Sequence[Row]) -> Table | None:
     done = [row for row in rows if row.done]
     if len(_lengths(done)) < 2:
         return None
-    title = "Beyond the trained length: bits per byte (perplexity) on the same validation tokens"
+    unit = "bits per byte (perplexity)" if measure(rows)[0] == "bpb" else "perplexity"
+    title = f"Beyond the trained length: {unit} on the same validation tokens"
     return _by_length(done, "val_by_length", _length_cell, title=title)
 
 
@@ -111,7 +112,7 @@ def _length_cell(row: Row, extension: str, length: int) -> str:
     bpb, ppl = (estimate(row.values(*place, name).values()) for name in ("bpb", "ppl"))
     if ppl is None:
         return _NONE
-    return f"{bpb.mean:.3f} ({ppl.mean:.2f})" if bpb is not None else f"({ppl.mean:.2f})"
+    return f"{bpb.mean:.3f} ({ppl.mean:.2f})" if bpb is not None else f"{ppl.mean:.2f}"
 
 
 def _passkey_cell(row: Row, extension: str, length: int) -> str:

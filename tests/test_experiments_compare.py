@@ -182,7 +182,17 @@ def test_seeds_give_mean_spread_and_a_difference_paired_by_seed(tmp_path: Path) 
     assert (difference.mean, difference.spread) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
     line = next(line for line in main_table([dense, window]).cells if line[0] == "window")
     assert line[1:3] == ["2.3000 ± 0.2000", "+0.1000 ± 0.0000"]
-    assert main_table([dense, window]).header[1:4] == ["val bpb ± sd", "delta ± 95 %", "val ppl ± sd"]
+    assert main_table([dense, window]).header[1:4] == ["val bpb ± sd", "delta bpb ± 95 %", "val ppl ± sd"]
+
+
+def test_where_a_row_has_no_bits_per_byte_differences_are_of_nats(tmp_path: Path) -> None:
+    made(tmp_path, "dense")
+    score = {"loss_nats": 2.5, "ppl": 4.0, "bpb": None, "tokens": 256}
+    made(tmp_path, "other", val=score, val_by_length={"none": {"16": score, "32": score}})
+    table = main_table(rows_of(tmp_path))
+    assert table.header[2] == "delta nats" and table.cells[1][1:3] == ["-", "+0.5000"]
+    lengths = length_table(rows_of(tmp_path))
+    assert "perplexity on" in lengths.title and "bits" not in lengths.title and lengths.cells[1][2] == "4.00"
 
 
 def test_a_seed_that_failed_is_named_and_the_others_still_count(tmp_path: Path) -> None:
