@@ -23,11 +23,13 @@ from xattn.experiments.launch import launch, prepare, stopped
 from xattn.experiments.page import page
 from xattn.experiments.plots import draw
 from xattn.experiments.record import say
-from xattn.experiments.report import notes, print_report, tables, write_report
+from xattn.experiments.report import notes, print_report, write_report
 from xattn.experiments.schema import CompareConfig, RunConfig
+from xattn.experiments.tables import tables
 
 DEFAULT_SWEEP, GPU_SWEEP = "quick", "quick_gpu"
 STUDY = "study.json"
+PARAM_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +79,7 @@ def _study(config: CompareConfig) -> int:
     # Every directory is checked before the first run, so that a clash is found now and not after an hour.
     for job in jobs:
         prepare(job.config, job.run_dir)
-    named = {"study": config.study, "description": config.description, "baseline": config.baseline}
-    record.write_json(folder / STUDY, named | {"order": list(config.variants)})
+    record.write_json(folder / STUDY, _kept(config))
     size = f"{len(config.variants)} variants, seeds {config.seeds}, {config.trainer.tokens:,} tokens each"
     say(f"{config.study}: {size}, in {folder}")
     for number, job in enumerate(jobs, start=1):
@@ -93,6 +94,27 @@ def _study(config: CompareConfig) -> int:
         say(f"interrupted; the same command goes on from here ({folder})")
         return 75
     return report(config, folder)
+
+
+def _kept(config: CompareConfig) -> dict[str, Any]:
+    """What study.json keeps, so that a later report names, orders and judges the runs as the study did."""
+    return {
+        "study": config.study,
+        "description": config.description,
+        "baseline": config.baseline,
+        "order": list(config.variants),
+        "param_tolerance": PARAM_TOLERANCE if config.param_tolerance is None else config.param_tolerance,
+    }
+
+
+def _study_of(folder: Path) -> dict[str, Any]:
+    """What study.json kept; for runs without one, and in place of what is no such value, what a report does without it."""
+    found = record.read_json(folder / STUDY)
+    found = found if isinstance(found, dict) else {}
+    kinds = {"study": str, "description": str, "baseline": str, "order": list, "param_tolerance": int | float}
+    found = {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}
+    without = {"study": folder.resolve().name, "description": None, "baseline": None, "order": []}
+    return without | {"param_tolerance": PARAM_TOLERANCE} | found
 
 
 def plan(config: CompareConfig, folder: Path) -> list[Job]:
@@ -141,16 +163,17 @@ def _variant(config: CompareConfig, name: str, flags: Any, seed: int) -> RunConf
 def report(config: CompareConfig, runs_dir: Path) -> int:
     """Print and write the report of the runs under `runs_dir`, into it. Returns 1 if no run completed.
 
-    Beside the runs it reads only how a study named and ordered them, and does without where there is no study.
+    Beside the runs it reads only how a study named, ordered and judged them, and does without where there is no study.
     """
     runs = find_runs(runs_dir)
-    study = record.read_json(runs_dir / STUDY) or {"study": runs_dir.resolve().name, "order": [], "description": None}
-    baseline = config.baseline if config.baseline is not None else study.get("baseline")
-    rows = gather(runs, baseline=baseline, param_tolerance=config.param_tolerance, order=study["order"])
+    study = _study_of(runs_dir)
+    baseline = config.baseline if config.baseline is not None else study["baseline"]
+    tolerance = config.param_tolerance if config.param_tolerance is not None else study["param_tolerance"]
+    rows = gather(runs, baseline=baseline, param_tolerance=tolerance, order=study["order"])
     curves = curves_of(rows, runs_dir)
     title = f"Comparison: {study['study']}"
     shown = [*tables(rows), *curve_tables(rows, curves)]
-    remarks = [*notes(rows), *curve_notes(rows, curves)]
+    remarks = [*notes(rows, param_tolerance=tolerance), *curve_notes(rows, curves)]
     pictures = draw(rows, runs_dir, curves=curves) if config.plots else []
     described = {"title": title, "description": study["description"], "notes": remarks, "pictures": pictures}
     write_report(rows, runs_dir, shown=shown, **described)

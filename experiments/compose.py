@@ -1,6 +1,7 @@
 """From the command line to one checked config: Hydra composes, and nothing starts before every flag is understood."""
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import xattn
 from xattn import ConfigError
-from xattn.experiments.schema import CompareConfig, EvalConfig, EvaluateConfig, RunConfig, TrainConfig, check_tensorboard
+from xattn.experiments.schema import CompareConfig, EvalConfig, EvaluateConfig, RunConfig, TrainConfig, check_packages
 from xattn.experiments.sources import vocabulary_of
 
 _HERE = Path(__file__).resolve().parent
@@ -79,17 +80,39 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def check_overrides(argv: Iterable[str], schema: Any) -> None:
-    """Raise ConfigError, with a suggestion, for an override of a key that does not exist.
+    """Raise ConfigError, with a suggestion, for an override of a key, or a choice of a group, that does not exist.
 
     Hydra's struct mode lets `+model.typo=1` through and suggests nothing for the rest.
     """
+    argv = list(argv)
     for arg in argv:
         if arg.startswith("-") or "=" not in arg:
             continue
-        key = arg.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
-        if key.startswith("hydra") or "/" in key or key in GROUPS:
+        key, value = arg.split("=", 1)
+        key = key.lstrip("+~").split("@", 1)[0]
+        if key.startswith("hydra") or "/" in key:
             continue
-        _check_key(key, schema)
+        if key in GROUPS:
+            _check_choice(key, value, argv)
+        else:
+            _check_key(key, schema)
+
+
+def _check_choice(group: str, value: str, argv: list[str]) -> None:
+    names = {path.stem for folder in (CONFIGS, *_config_dirs(argv)) for path in (folder / group).glob("*.yaml")}
+    for name in value.split(","):
+        if name not in names and re.fullmatch(r"\w+", name) and name != "null":
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            cure = f"did you mean {group}={close[0]}?" if close else f"use one of {', '.join(sorted(names))}"
+            raise ConfigError(f"{group}={name}: there is no such file in the group {group}; {cure}")
+
+
+def _config_dirs(argv: list[str]) -> list[Path]:
+    """The folders of the user's own groups, in Hydra's spellings."""
+    options = ("--config-dir", "-cd")
+    apart = [value for option, value in zip(argv, argv[1:], strict=False) if option in options]
+    joined = [arg.split("=", 1)[1] for arg in argv if arg.startswith(tuple(f"{option}=" for option in options))]
+    return [Path(folder) for folder in apart + joined]
 
 
 def _check_key(key: str, schema: Any) -> None:
@@ -102,9 +125,21 @@ def _check_key(key: str, schema: Any) -> None:
         else:
             return  # a free mapping: variants, extensions
         if part not in names:
+            if not path:
+                _suggest_group(key, part, schema)
             _unknown_key(key, ".".join(path), part, names)
         path.append(part)
         node = getattr(node, part, None)
+
+
+def _suggest_group(key: str, name: str, schema: Any) -> None:
+    """A flag or a field that was given without its group: `sliding_window=4`, `lr=1e-3`."""
+    groups = {f.name: getattr(schema, f.name) for f in fields(schema) if f.name in GROUPS}
+    places = [group for group, node in groups.items() if is_dataclass(node) and name in [f.name for f in fields(node)]]
+    if "model" in groups and name in xattn.flag_table():
+        places.insert(0, "model")
+    if places:
+        raise ConfigError(f"{key} is no field of the config; did you mean {places[0]}.{key}?")
 
 
 def _unknown_key(key: str, parent: str, part: str, names: list[str]) -> None:
@@ -138,8 +173,7 @@ def resolve(cfg: Any) -> Any:
     if isinstance(config, RunConfig):
         config.model = _given(config.model)
         config.check()
-        if config.tracking.tensorboard:
-            check_tensorboard()
+        check_packages(config)
         complete_model(config)
         check_flags(config)
     else:

@@ -10,7 +10,7 @@ import xattn
 from xattn.experiments.curve import DIED, FAILED, OUT_OF_MEMORY, REFUSED, TIME_LIMIT, Curve, read_curves
 from xattn.experiments.figure import Looks, panels, variant_legend
 from xattn.experiments.gather import Row
-from xattn.experiments.report import MIB, Table
+from xattn.experiments.tables import MIB, Table
 
 CSV = "memory_curve.csv"
 _KINDS = {

@@ -31,8 +31,26 @@ def main() -> None:
 def _body(argv: list[str]) -> int:
     if not any(arg.startswith("run=") for arg in argv) and not any(arg.startswith("-") for arg in argv):
         raise ConfigError("which run? use xattn-eval run=DIR, a directory that xattn-train or xattn-compare wrote")
-    hydra_main(lambda cfg: evaluate(resolve(cfg)), "eval", argv)
+    hydra_main(lambda cfg: evaluate(resolve(cfg)), "eval", arguments(argv))
     return 0
+
+
+def arguments(argv: list[str]) -> list[str]:
+    """The command line with the run's own tokens and lengths where it gives none: the scores then stand beside the run's."""
+    run = next((arg.removeprefix("run=") for arg in argv if arg.startswith("run=")), None)
+    if run is None or not (Path(run) / record.CONFIG).is_file():
+        return argv
+    own = load_config(Path(run) / record.CONFIG).eval
+    inherited = []
+    if not _gives(argv, "eval.tokens"):
+        inherited.append(f"eval.tokens={own.tokens}")
+    if not _gives(argv, "eval.length_factors", "eval"):
+        inherited.append(f"eval.length_factors={own.length_factors}")
+    return [*inherited, *argv]
+
+
+def _gives(argv: list[str], *keys: str) -> bool:
+    return any(arg.lstrip("+").split("=", 1)[0] in keys for arg in argv)
 
 
 def evaluate(asked: EvaluateConfig) -> dict[str, Any]:

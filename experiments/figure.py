@@ -35,10 +35,13 @@ class Looks:
 
 
 def panels(figure: Any, titles: Sequence[str]) -> list[Any]:
-    """One panel a title, two side by side; the figure grows with them and leaves room for a legend."""
+    """One panel a title, two side by side; the figure grows with them and leaves room for a legend: beside them, or, where
+    their number is odd, in the place of the next one.
+    """
     columns = max(min(len(titles), 2), 1)
     lines = max(-(-len(titles) // columns), 1)
-    figure.set_size_inches(columns * _PANEL[0] + _LEGEND, lines * _PANEL[1] + _TITLE)
+    beside = _LEGEND if len(titles) == columns * lines else 0.0
+    figure.set_size_inches(columns * _PANEL[0] + beside, lines * _PANEL[1] + _TITLE)
     axes = [figure.add_subplot(lines, columns, place + 1) for place in range(len(titles))]
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, loc="left", fontsize=9.5, color="#444444")
@@ -68,7 +71,11 @@ def variant_legend(
     rule: str | None = None,
     marks: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """The legend of all panels, to their right. Args: `rule` names the broken vertical line; `marks` are (marker, meaning)."""
+    """The legend of all panels, where `panels` left room.
+
+    Args:
+        rule: names the broken vertical line. marks: (marker, meaning).
+    """
     from matplotlib.lines import Line2D
 
     handles = []
@@ -78,4 +85,10 @@ def variant_legend(
     if rule is not None:
         handles.append(Line2D([], [], color="#888888", lw=0.8, ls=(0, (2, 2)), label=rule))
     handles += [Line2D([], [], color="#444444", ls="none", marker=m, ms=8, mew=1.8, mfc="none", label=text) for m, text in marks]
-    figure.legend(handles=handles, frameon=False, fontsize=8.5, loc="outside right upper")
+    look = {"handles": handles, "frameon": False, "fontsize": 8.5}
+    if len(figure.axes) > 1 and len(figure.axes) % 2:
+        empty = figure.add_subplot(len(figure.axes) // 2 + 1, 2, len(figure.axes) + 1)
+        empty.set_axis_off()
+        empty.legend(**look, loc="upper left")
+    else:
+        figure.legend(**look, loc="outside right upper")

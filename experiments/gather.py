@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from xattn.experiments.schema import RunConfig
 
 # Differences of config that change no number: where a run is logged, how often, how it is split into forwards.
 _HARMLESS = ("name", "seed", "isolate", "model.", "tracking.", "eval.batch_tokens", "eval.every", "eval.extensions",
-"eval.passkey",
-             "trainer.log_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.threads",
+             "eval.passkey", "trainer.log_every", "trainer.save_every", "trainer.keep_checkpoints", "trainer.threads",
              "trainer.memory")  # fmt: skip
 # What must be equal in two results, beside their configs.
 _SAME = {
@@ -107,6 +106,13 @@ def delta(row: Row, baseline: Row, *path: str) -> Estimate | None:
     """The difference to the baseline, paired by seed: the data order of a seed is the same in both and cancels out."""
     ours, theirs = row.values(*path), baseline.values(*path)
     return estimate(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
+
+
+def measure(rows: Sequence[Row]) -> tuple[str, str]:
+    """What to judge these rows by, and its name: bits per byte where every row with a result knows them."""
+    if all(row.values("val", "bpb") for row in rows if row.done):
+        return "bpb", "bits per byte"
+    return "loss_nats", "loss (nats a token)"
 
 
 def find_runs(folder: Path) -> list[Run]:

@@ -1,7 +1,6 @@
-"""The training loop: one run from its config to trained weights, which outcome.py judges. worker.py runs it in a process."""
+"""The training loop: one run from its config to trained weights, which outcome.py judges. Long, since its steps share so much."""
 
 import math
-import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -9,27 +8,24 @@ from typing import Any
 
 import torch
 
-import xattn
-from xattn import ConfigError
 from xattn.experiments import checkpoint, record
 from xattn.experiments.configfile import redact
 from xattn.experiments.data import Batch, Corpus, Seen, check_corpus, eval_blocks, train_batch
-from xattn.experiments.device import autocast, loss_module, peak_flops, pick_device, pick_precision, synchronise
+from xattn.experiments.device import autocast, pick_device, pick_precision, synchronise
 from xattn.experiments.distributed import join
-from xattn.experiments.ema import build_ema, ema_state, restore_ema
+from xattn.experiments.ema import ema_state
 from xattn.experiments.judge import judge
-from xattn.experiments.optim import build_optimiser, lr_factor, restore_state
+from xattn.experiments.optim import lr_factor
 from xattn.experiments.outcome import Trained, backend_summary, conclude, own_memory, summary, val_row
+from xattn.experiments.pace import Pace
 from xattn.experiments.progress import Display
 from xattn.experiments.record import say
 from xattn.experiments.samples import keep_samples, write_samples
 from xattn.experiments.schema import RunConfig
 from xattn.experiments.sources import load_corpus
+from xattn.experiments.start import start
 from xattn.experiments.tracking import Mirror
 from xattn.experiments.watch import Watch
-
-# The first steps pay for allocation and warm-up; they count as training time but not towards tokens a second.
-_WARMUP_STEPS = 3
 
 
 class Interrupted(Exception):
@@ -55,7 +51,7 @@ class Trainer:
         self.ranks = join(self.config.trainer, self.device)
         try:
             self.corpus = self._corpus()
-            self._build()
+            self._start()
             if not self.ranks.first:
                 return self._follow()
             self._announce()
@@ -103,47 +99,20 @@ class Trainer:
         )
         return corpus
 
-    def _build(self) -> None:
-        config = self.config
-        newest = checkpoint.newest_checkpoint(self.run_dir)
-        loaded = None
-        if newest is None:
-            # Seeded here and nowhere before, so that variants with the same parameters start from the same weights.
-            torch.manual_seed(config.seed)
-            self.model = xattn.build(config.model)
-            self.progress = checkpoint.Progress()
-        else:
-            loaded = checkpoint.load_checkpoint(newest, attn_backend=config.model.get("attn_backend", "auto"))
-            self._check_unchanged(loaded, newest)
-            self.model, self.progress = loaded.model, loaded.progress
-        self.model.to(self.device)
-        self.params = sum(p.numel() for p in self.model.parameters())
-        self.ema = build_ema(self.model, config.trainer.ema_decay)
-        if loaded is not None and self.ema is not None:
-            restore_ema(self.ema, loaded.ema)
-        self.ranks.shard(self.model)
-        if self.ema is not None:
-            self.ranks.shard(self.ema.module)
-        self.optimiser = build_optimiser(self.model, config.optim)
-        if loaded is not None:
-            restore_state(self.model, self.optimiser, loaded.optimiser)
+    def _start(self) -> None:
+        began = start(self.config, self.run_dir, device=self.device, ranks=self.ranks)
+        self.model, self.ema, self.loss, self.optimiser = began.model, began.ema, began.loss, began.optimiser
+        self.params, self.progress = began.params, began.progress
+        if self.progress.step:
             self._say(f"resuming from step {self.progress.step}")
         self.watch = Watch(**self.progress.watch)
-        self.loss = self.ranks.replicate(loss_module(self.model, config.trainer))
-
-    def _check_unchanged(self, loaded: checkpoint.Loaded, path: Path) -> None:
-        """Refuse to go on with weights of another model or without the average that the config asks for."""
-        there, now = xattn.to_flags(loaded.model.spec), xattn.to_flags(xattn.parse(self.config.model))
-        changed = [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
-        if changed:
-            shown = "; ".join(f"model.{name}: {there.get(name)} there, {now.get(name)} now" for name in changed)
-            raise ConfigError(f"{path} holds another model ({shown}); use another directory for this one")
-        if (loaded.ema is None) != (self.config.trainer.ema_decay is None):
-            has = "no average" if loaded.ema is None else "an average"
-            raise ConfigError(
-                f"{path} holds {has} of the weights, and trainer.ema_decay={self.config.trainer.ema_decay}; "
-                "resume with the trainer.ema_decay it was trained with"
-            )
+        self.pace = Pace(
+            trainer=self.config.trainer,
+            spec=self.model.spec,
+            device=self.device,
+            precision=self.precision,
+            before=self.progress.tokens_per_second,
+        )
 
     def _say(self, text: str) -> None:
         if self.ranks.first:
@@ -168,7 +137,6 @@ class Trainer:
     def _train(self) -> None:
         trainer = self.config.trainer
         self.seen = Seen(self.progress.seen)
-        self.step_seconds: list[float] = []
         self.model.train()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -176,7 +144,7 @@ class Trainer:
             began = time.perf_counter()
             loss, grad_norm, lr = self._step(step)
             synchronise(self.device)
-            self.step_seconds.append(time.perf_counter() - began)
+            self.pace.seconds.append(time.perf_counter() - began)
             loss, grad_norm = self.ranks.mean(float(loss)), float(grad_norm)
             _check_finite(loss, grad_norm, step + 1)
             spiked = self.watch.see(
@@ -187,7 +155,7 @@ class Trainer:
             self.progress = checkpoint.Progress(
                 step=step + 1,
                 seen=self.seen.digest,
-                seconds=self.progress.seconds + self.step_seconds[-1],
+                seconds=self.progress.seconds + self.pace.seconds[-1],
                 watch=self.watch.state(),
             )
             self._report(loss, grad_norm, lr)
@@ -229,8 +197,8 @@ class Trainer:
         row: dict[str, Any] = {"step": step, "tokens": step * trainer.tokens_per_step}
         if step % trainer.log_every == 0 or last or step == 1:
             row |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
-            row["perf/tokens_per_second"] = self._tokens_per_second()
-            mfu = self._mfu()
+            row["perf/tokens_per_second"] = self.pace.tokens_per_second()
+            mfu = self.pace.mfu()
             row |= {} if mfu is None else {"perf/mfu": mfu}
         every = self.config.eval.every
         samples: list[dict[str, str]] = []
@@ -276,28 +244,12 @@ class Trainer:
 
     def _line(self, loss: float, row: dict[str, Any], *, last: bool) -> None:
         steps = self.config.trainer.steps
-        left = (steps - self.progress.step) * statistics.median(self.step_seconds)
+        left = self.pace.left(steps - self.progress.step)
         text = f"loss {loss:.3f}"
         if row.get("val/bpb") is not None:
             text += f"  val bpb {row['val/bpb']:.3f}"
-        text += f"  {self._tokens_per_second():,.0f} tokens/s  {left:.0f} s left"
+        text += f"  {self.pace.tokens_per_second():,.0f} tokens/s  {left:.0f} s left"
         self.display.step(self.progress.step, steps, text, important=last or "val/loss_nats" in row)
-
-    def _tokens_per_second(self) -> float:
-        """Tokens of a step over the median step time, warm-up left out: steady although other programs come and go."""
-        settled = self.step_seconds[_WARMUP_STEPS:] or self.step_seconds[-1:]
-        if not settled:
-            return self.progress.tokens_per_second
-        return self.config.trainer.tokens_per_step / statistics.median(settled)
-
-    def _mfu(self) -> float | None:
-        """Model FLOPs a second as a share of what the devices could do; recomputed activations do not count."""
-        peak = peak_flops(self.device, self.precision)
-        if peak is None:
-            return None
-        trainer = self.config.trainer
-        a_token = xattn.accounting.train_flops(self.model.spec, trainer.seq_len) / trainer.seq_len
-        return a_token * self._tokens_per_second() / (peak * trainer.processes)
 
     def _maybe_save(self) -> None:
         trainer, step = self.config.trainer, self.progress.step
@@ -309,7 +261,7 @@ class Trainer:
             # Weights that have diverged must not push out the last good checkpoint.
             if not self.ranks.agree(all(bool(_local(p).isfinite().all()) for p in self.model.parameters())):
                 raise Diverged(f"the weights are not finite after step {step}; {_CURE}")
-            self.progress.tokens_per_second = self._tokens_per_second()
+            self.progress.tokens_per_second = self.pace.tokens_per_second()
             checkpoint.save_checkpoint(
                 self.run_dir,
                 self.model,
@@ -339,7 +291,7 @@ class Trainer:
     def _gather(self) -> None:
         """Put shards together and let the other ranks go: judging needs one process."""
         # A run resumed after its last step trained nothing in this process.
-        self.own_memory = own_memory(self.device) if self.step_seconds else {}
+        self.own_memory = own_memory(self.device) if self.pace.seconds else {}
         self.model = self.ranks.whole(self.model)
         if self.ema is not None:
             self.ema.module = self.ranks.whole(self.ema.module)
@@ -360,9 +312,9 @@ class Trainer:
             facts={
                 "params": self.params,
                 **self.watch.result(),
-                "tokens_per_second": self._tokens_per_second(),
+                "tokens_per_second": self.pace.tokens_per_second(),
                 "train_seconds": self.progress.seconds,
-                "mfu": self._mfu(),
+                "mfu": self.pace.mfu(),
             },
         )
 

@@ -5,8 +5,10 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from xattn.experiments.report import Table
+from xattn.experiments.tables import Table
 
+# Of a picture's dots: the widest one then fills the page.
+_SCALE = 0.77
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --bad: #c0392b; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -60,6 +62,8 @@ def _cell(tag: str, table: Table, place: int, text: str) -> str:
 
 
 def _figure(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"></figure>'
+    data = path.read_bytes()
+    # A PNG says its width there. One scale for all, so that text has one size in all.
+    width = round(int.from_bytes(data[16:20], "big") * _SCALE)
+    image = f'src="data:image/png;base64,{base64.b64encode(data).decode()}" width="{width}"'
+    return f'<figure><img alt="{html.escape(caption)}" {image}></figure>'

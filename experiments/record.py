@@ -21,6 +21,7 @@ RESULT, METRICS, CONFIG, MEMORY, LOG = "result.json", "metrics.jsonl", "config.y
 _NEEDED = {
     "seed": int, "params": int, "tokens": int, "backends": list, "val": dict, "val_by_length": dict,
     "val_by_position": dict, "memory": dict, "data": dict, "tokens_per_second": int | float,
+    "passkey": dict | None,
 }  # fmt: skip
 
 

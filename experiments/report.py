@@ -1,124 +1,18 @@
-"""The comparison as a reader sees it: tables on the terminal, report.md, results.csv and results.json."""
+"""The comparison as a reader sees it: on the terminal, in report.md, results.csv and results.json."""
 
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from xattn.experiments.gather import Estimate, Row, delta, estimate
-from xattn.experiments.judge import AS_TRAINED
 from xattn.experiments.record import say, write_json, write_text
-
-MIB = 1024**2
-_NONE = "-"
+from xattn.experiments.tables import Table
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Text cells, ready for any output. Columns are aligned right, but for the first and those named in `left`."""
-
-    title: str
-    header: list[str]
-    cells: list[list[str]]
-    left: tuple[str, ...] = ()
-
-
-def main_table(rows: Sequence[Row]) -> Table:
-    """One line a variant: quality, its difference to the baseline, cost, and the back-end that really ran."""
-    header = ["variant", "val bpb", "delta", "val ppl", "params", "train peak MiB", "infer peak MiB", "KV B/token",
-              "tokens/s", "back-end", "comparable"]  # fmt: skip
-    cells = []
-    for row in rows:
-        if not row.done:
-            cells.append([row.name, *[_NONE] * (len(header) - 2), "no result: " + "; ".join(row.failures)])
-            continue
-        cells.append([row.name, *_quality(row, rows[0]), *_cost(row), _backend(row), _verdict(row, rows[0])])
-    return Table(title="Trained on equal tokens", header=header, cells=cells, left=("back-end", "comparable"))
-
-
-def _quality(row: Row, baseline: Row) -> list[str]:
-    has_bytes = bool(row.values("val", "bpb"))
-    measure = ("val", "bpb") if has_bytes else ("val", "loss_nats")
-    difference = None if row is baseline else delta(row, baseline, *measure)
-    return [
-        _show(estimate(row.values("val", "bpb").values()), "{:.4f}"),
-        _show(difference, "{:+.4f}", interval=True),
-        _show(estimate(row.values("val", "ppl").values()), "{:.3f}"),
-    ]
-
-
-def _cost(row: Row) -> list[str]:
-    def mean(*path: str, unit: float = 1.0, form: str = "{:,.0f}") -> str:
-        found = estimate(row.values(*path).values())
-        return form.format(found.mean / unit) if found else _NONE
-
-    return [
-        f"{row.first['params']:,}",
-        mean("memory", "train_peak_bytes", unit=MIB, form="{:,.1f}"),
-        mean("memory", "infer_peak_bytes", unit=MIB, form="{:,.1f}"),
-        mean("memory", "kv_bytes_per_token"),
-        mean("tokens_per_second"),
-    ]
-
-
-def _backend(row: Row) -> str:
-    from xattn.experiments.loop import backend_summary
-
-    return backend_summary(row.first["backends"])
-
-
-def _verdict(row: Row, baseline: Row) -> str:
-    text = "baseline" if row is baseline else "yes"
-    if row.problems:
-        text = "not comparable: " + "; ".join(row.problems)
-    return "; ".join([text, *row.failures])
-
-
-def length_table(rows: Sequence[Row]) -> Table | None:
-    """One line a variant and extension, one column an evaluation length; None where only one length was judged."""
-    done = [row for row in rows if row.done]
-    lengths = sorted({int(n) for row in done for by in row.first["val_by_length"].values() for n in by})
-    if len(lengths) < 2:
-        return None
-    trained = min(lengths)
-    header = ["variant", "evaluated with", *[f"{n} ({n // trained}x)" for n in lengths]]
-    cells = [
-        [row.name, "as trained" if name == AS_TRAINED else name, *[_length_cell(row, name, n) for n in lengths]]
-        for row in done
-        for name in row.first["val_by_length"]
-    ]
-    title = "Beyond the trained length: bits per byte (perplexity) on the same validation tokens"
-    return Table(title=title, header=header, cells=cells, left=("evaluated with",))
-
-
-def _length_cell(row: Row, extension: str, length: int) -> str:
-    entry = row.first["val_by_length"].get(extension, {}).get(str(length), {})
-    if "error" in entry:
-        return "not possible"
-    place = ("val_by_length", extension, str(length))
-    bpb, ppl = (estimate(row.values(*place, name).values()) for name in ("bpb", "ppl"))
-    if ppl is None:
-        return _NONE
-    return f"{bpb.mean:.3f} ({ppl.mean:.2f})" if bpb is not None else f"({ppl.mean:.2f})"
-
-
-def _show(value: Estimate | None, form: str, *, interval: bool = False) -> str:
-    """`mean ± spread` over seeds, or, for a difference, `mean ± half the 95 % interval`."""
-    if value is None:
-        return _NONE
-    text = form.format(value.mean)
-    around = value.half_95 if interval else value.spread
-    return text if around is None else f"{text} ± {form.format(around).lstrip('+')}"
-
-
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """Every table that the rows have numbers for."""
-    return [table for table in (main_table(rows), length_table(rows)) if table is not None]
-
-
-def notes(rows: Sequence[Row]) -> list[str]:
+def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
     """What every reader needs to read the tables, and what the tables left out."""
     done = [row for row in rows if row.done]
     if not done:
@@ -130,10 +24,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"length {config.trainer.seq_len}, {config.trainer.steps} steps of {config.trainer.batch_size} sequences; "
         f"judged on {result['val']['tokens']:,} fixed validation tokens; seeds {', '.join(map(str, seeds))}; "
         f"{result['device']} {result['precision']}, torch {result['versions']['torch']}, {_code(done)}.",
-        "± is the standard deviation over seeds; for delta, half the 95 % interval of the difference paired by seed."
+        "± sd: the standard deviation over seeds. ± 95 %: half the interval of the difference, paired by seed; one that holds "
+        "zero is no difference that these seeds show. Bands of an extended variant: of the change from a seed's own score."
         if len(seeds) > 1
         else "One seed: no spread is known, so read small differences as ties.",
+        f"Comparable: the same tokens in the same order, tokeniser, settings and device, and parameters within "
+        f"{param_tolerance:.0%} of the baseline's.",
         "KV bytes a token: predicted; a 16-bit cache of one sequence of the trained length, over that length.",
+        "Tokens/s: of the median step; whatever else ran on the machine has slowed it.",
     ]
     if any(row.values("memory", "train_peak_bytes") for row in done):
         lines.append(
@@ -142,15 +40,25 @@ def notes(rows: Sequence[Row]) -> list[str]:
         )
     for row in done:
         for name, by in row.first["val_by_length"].items():
-            errors = {entry["error"] for entry in by.values() if "error" in entry}
-            lines += [f"{row.name}, {name}: not possible: {error}" for error in sorted(errors)]
+            lines += [f"{row.name}, {name}: not possible: {error}" for error in _errors(by)]
+        for name, by in (row.first.get("passkey") or {}).items():
+            known = _errors(row.first["val_by_length"].get(name, {}))
+            lines += [f"{row.name}, {name}: no key could be asked for: {error}" for error in _errors(by) if error not in known]
     return lines
+
+
+def _errors(by_length: dict[str, dict[str, Any]]) -> list[str]:
+    return sorted({entry["error"] for entry in by_length.values() if "error" in entry})
 
 
 def _code(done: Sequence[Row]) -> str:
     """Which commits the runs came from; more than one is said, since code may have changed between rows."""
     results = [run.result for row in done for run in row.done]
-    commits = list(dict.fromkeys((result["commit"] or "unknown")[:12] for result in results))
+    commits = list(dict.fromkeys(result["commit"][:12] for result in results if result["commit"]))
+    if not commits:  # installed, not a checkout
+        return "xattn " + ", ".join(dict.fromkeys(str(result["versions"].get("xattn", "unknown")) for result in results))
+    if not all(result["commit"] for result in results):
+        commits.append("unknown")
     dirty = " with uncommitted changes" if any(result["dirty"] for result in results) else ""
     return f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}{dirty}"
 

@@ -242,12 +242,6 @@ class TrackingConfig:
             raise ConfigError("tracking.log_model=true has no effect: tracking.mode is disabled; use tracking.mode=auto")
 
 
-def check_tensorboard() -> None:
-    """Raise ConfigError where tracking.tensorboard=true cannot be served. Not part of `check`: old runs read without it."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("tracking.tensorboard=true needs the package tensorboard; pip install tensorboard, or drop the flag")
-
-
 @dataclass(kw_only=True)
 class PasskeyConfig:
     """A key planted in a prompt and asked for at its end, at every evaluation length; see experiments/passkey.py."""
@@ -372,12 +366,15 @@ class CompareConfig(RunConfig):
     extended: list[str] | None = None  # variants that eval.extensions are tried on; None: all
     dir: str = "runs/${study}"
     runs: str | None = None
-    param_tolerance: float = 0.02  # rows further from the baseline's parameter count are marked not comparable
+    # Rows further from the baseline's parameter count are marked not comparable. None: what the study had, 0.02 for a new one.
+    param_tolerance: float | None = None
     plots: bool = True
     memory_curve: MemoryCurveConfig = field(default_factory=MemoryCurveConfig)
 
     def check(self) -> None:
         super().check()
+        if self.param_tolerance is not None and self.param_tolerance < 0:
+            raise ConfigError(f"param_tolerance={self.param_tolerance} is negative; use 0.02 for 2 %")
         self.memory_curve.check(isolate=self.isolate)
 
 
@@ -388,6 +385,25 @@ class EvaluateConfig:
     run: str = "???"
     out: str | None = None  # None: evaluations/<number>.json in the run directory
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def check_packages(config: RunConfig) -> None:
+    """Raise ConfigError for what needs a package that is not there. Not part of `check`: old runs read without it."""
+    if config.tracking.tensorboard:
+        check_tensorboard()
+    for what, wanted, package, other in (
+        ("data.source=hf", config.data.source == "hf", "datasets", "data=text"),
+        ("data.tokenizer=bpe", config.data.tokenizer == "bpe", "tokenizers", "data.tokenizer=bytes"),
+        ("data.tokenizer=gpt2", config.data.tokenizer == "gpt2", "tiktoken", "data.tokenizer=bytes"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{what} needs the package {package}; pip install 'xattn[data]', or use {other}")
+
+
+def check_tensorboard() -> None:
+    """Raise ConfigError where tracking.tensorboard=true cannot be served."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tracking.tensorboard=true needs the package tensorboard; pip install tensorboard, or drop the flag")
 
 
 def _choice(name: str, given: str, choices: tuple[str, ...]) -> None:

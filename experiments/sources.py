@@ -232,13 +232,23 @@ def _hugging_face(data: DataConfig) -> tuple[list[bytes], list[bytes] | None]:
         # documents: up to one more than its share.
         wanted = data.max_train_tokens * (1 if data.tokenizer == "bytes" else 5)
         for row in stream:
-            documents.append(row[data.text_field].encode("utf-8"))
+            documents.append(_text_of(row, data))
             size, longest = size + len(documents[-1]), max(longest, len(documents[-1]))
             if size * (1.0 - data.val_fraction) - longest >= wanted:
                 break
-    except KeyError:
-        raise ConfigError(f"{data.path} has no column '{data.text_field}'; use data.text_field=NAME") from None
+    except ConfigError:
+        raise
     except Exception as error:  # the hub raises a dozen kinds for a missing network, name or permission
         first = str(error).splitlines()[0] if str(error) else ""
         raise ConfigError(f"data set {data.path} cannot be had ({type(error).__name__}: {first}); {_OFFLINE}") from None
     return documents, None
+
+
+def _text_of(row: dict[str, Any], data: DataConfig) -> bytes:
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    if isinstance(row.get(data.text_field), str):
+        return row[data.text_field].encode("utf-8")
+    why = f"holds {type(row[data.text_field]).__name__}, not text" if data.text_field in row else "is not there"
+    none = f"none of its columns ({', '.join(row)}) is text; use another data set"
+    cure = f"use data.text_field={' or '.join(texts)}" if texts else none
+    raise ConfigError(f"{data.path}: column '{data.text_field}' {why}; {cure}")

@@ -13,8 +13,9 @@ from xattn.experiments import compare, evaluate, record
 from xattn.experiments.configfile import save_config
 from xattn.experiments.gather import Run, delta, estimate, find_runs, gather
 from xattn.experiments.page import page
-from xattn.experiments.report import Table, length_table, main_table, notes
+from xattn.experiments.report import notes
 from xattn.experiments.schema import CompareConfig, EvalConfig, OptimConfig, RunConfig, TrainerConfig
+from xattn.experiments.tables import Table, length_table, main_table, passkey_table, tables
 
 FLAGS = dict(num_tokens=256, max_seq_len=16, dim=16, depth=2, heads=2, rotary_pos_emb=True)
 
@@ -181,6 +182,17 @@ def test_seeds_give_mean_spread_and_a_difference_paired_by_seed(tmp_path: Path) 
     assert (difference.mean, difference.spread) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-12))
     line = next(line for line in main_table([dense, window]).cells if line[0] == "window")
     assert line[1:3] == ["2.3000 ± 0.2000", "+0.1000 ± 0.0000"]
+    assert main_table([dense, window]).header[1:4] == ["val bpb ± sd", "delta bpb ± 95 %", "val ppl ± sd"]
+
+
+def test_where_a_row_has_no_bits_per_byte_differences_are_of_nats(tmp_path: Path) -> None:
+    made(tmp_path, "dense")
+    score = {"loss_nats": 2.5, "ppl": 4.0, "bpb": None, "tokens": 256}
+    made(tmp_path, "other", val=score, val_by_length={"none": {"16": score, "32": score}})
+    table = main_table(rows_of(tmp_path))
+    assert table.header[2] == "delta nats" and table.cells[1][1:3] == ["-", "+0.5000"]
+    lengths = length_table(rows_of(tmp_path))
+    assert "perplexity on" in lengths.title and "bits" not in lengths.title and lengths.cells[1][2] == "4.00"
 
 
 def test_a_seed_that_failed_is_named_and_the_others_still_count(tmp_path: Path) -> None:
@@ -199,6 +211,41 @@ def test_runs_that_share_a_name_are_told_apart_by_their_flags(tmp_path: Path) ->
 def test_a_table_with_one_length_is_left_out(tmp_path: Path) -> None:
     made(tmp_path, "dense")
     assert length_table(rows_of(tmp_path)) is None
+
+
+def test_a_study_is_judged_later_with_its_own_tolerance(tmp_path: Path, monkeypatch) -> None:
+    made(tmp_path, "dense")
+    made(tmp_path, "lean", params=950)
+    config = CompareConfig(model=dict(FLAGS), variants={"dense": {}, "lean": {}}, param_tolerance=0.1, plots=False)
+    record.write_json(tmp_path / compare.STUDY, compare._kept(config))
+
+    def verdict(**changes) -> str:
+        assert compare.report(replace(config, **changes), tmp_path) == 0
+        return next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| lean |"))
+
+    assert verdict(param_tolerance=None).endswith("| yes |")
+    assert "within 10% of the baseline" in (tmp_path / "report.md").read_text()
+    assert "parameters -5.0%" in verdict(param_tolerance=0.04), "what is given counts more"
+    record.write_json(tmp_path / compare.STUDY, {"order": 5, "param_tolerance": "all"})
+    assert "parameters -5.0%" in verdict(param_tolerance=None), "what is no tolerance is none"
+
+
+def test_planted_keys_have_a_table_with_the_mean_and_the_worst_depth(tmp_path: Path) -> None:
+    made(tmp_path, "plain")
+    assert passkey_table(rows_of(tmp_path, baseline="plain")) is None
+    for seed, worst in enumerate((0.25, 0.75)):
+        score = {"loss_nats": 2.0, "ppl": 4.0, "bpb": 2.0, "tokens": 256}
+        depths = {"0": {"accuracy": worst, "answer_nats": 1.0}, "1": {"accuracy": 1.0, "answer_nats": 0.0}}
+        found = {"none": {"16": depths, "32": depths}, "yarn": {"16": depths, "32": {"error": "no room"}}}
+        lengths = {name: {"16": score, "32": score} for name in found}
+        made(tmp_path, "dense", seed=seed, passkey=found, val_by_length=lengths)
+    rows = rows_of(tmp_path)
+    table = passkey_table(rows)
+    assert table.header == ["variant", "evaluated with", "16 (1x)", "32 (2x)"]
+    assert table.cells[0] == ["dense", "as trained", "0.75 (0.50)", "0.75 (0.50)"]
+    assert table.cells[1] == ["dense", "yarn", "0.75 (0.50)", "not possible"] and len(table.cells) == 2
+    assert table in tables(rows)
+    assert "dense, yarn: no key could be asked for: no room" in notes(rows, param_tolerance=0.02)
 
 
 def test_an_unknown_baseline_names_the_rows(tmp_path: Path) -> None:
@@ -232,7 +279,12 @@ def test_estimates_of_nothing_and_of_one_claim_no_spread() -> None:
 def test_runs_of_different_code_are_pointed_out(tmp_path: Path) -> None:
     made(tmp_path, "dense")
     made(tmp_path, "window", flags={"sliding_window": 4}, commit="d")
-    assert "commits c, d" in " ".join(notes(rows_of(tmp_path)))
+    assert "commits c, d" in " ".join(notes(rows_of(tmp_path), param_tolerance=0.02))
+
+
+def test_without_a_commit_the_version_is_named(tmp_path: Path) -> None:
+    made(tmp_path, "dense", commit=None, versions={"torch": "2", "xattn": "1.2.3"})
+    assert "torch 2, xattn 1.2.3." in notes(rows_of(tmp_path), param_tolerance=0.02)[0]
 
 
 def test_an_unfinished_run_counts_as_no_result(tmp_path: Path) -> None:

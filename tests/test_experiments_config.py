@@ -9,7 +9,7 @@ import yaml
 
 import xattn
 from xattn.experiments import compare, compose, configfile, evaluate, train
-from xattn.experiments.schema import RunConfig
+from xattn.experiments.schema import EvalConfig, RunConfig
 
 FAST = ["+debug=fast"]
 
@@ -48,6 +48,11 @@ def refuses(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
         ("trakcing.mode=disabled", "did you mean tracking"),
         ("+eval.flags.self_extend_grop=8", "did you mean eval.flags.self_extend_group"),
         ("model.attn_sliding_window=64", "model.sliding_window"),
+        ("sliding_window=64", "did you mean model.sliding_window"),
+        ("lr=1e-3", "did you mean optim.lr"),
+        ("model=smal", "did you mean model=small"),
+        ("+experiment=selectiv", "did you mean experiment=selective"),
+        ("+sweep=attention_variant", "did you mean sweep=attention_variants"),
     ],
 )
 def test_a_typo_gets_a_suggestion_and_no_work_is_done(refuses, main, override: str, cure: str) -> None:
@@ -99,6 +104,42 @@ def test_what_cannot_be_is_refused_by_name_before_any_work(refuses, overrides: l
 )
 def test_a_study_that_cannot_be_is_refused_before_any_run(refuses, overrides: list[str], named: str) -> None:
     assert named in refuses(compare.main, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "package"),
+    [
+        ("tracking.tensorboard=true", "tensorboard"),
+        ("data.tokenizer=bpe", "tokenizers"),
+        ("data.tokenizer=gpt2", "tiktoken"),
+        ("data=hf", "datasets"),
+    ],
+)
+def test_a_missing_package_is_named_before_any_work(refuses, monkeypatch, override: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    said = refuses(train.main, *FAST, override, *(["data.path=x", "data.max_train_tokens=9"] if override == "data=hf" else []))
+    assert f"needs the package {package}; pip install" in said
+
+
+def test_ones_own_groups_are_known(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "sweep").mkdir(parents=True)
+    (tmp_path / "mine" / "sweep" / "windows.yaml").touch()
+    schema = compose.schemas()["compare"]
+    for spelled in (["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"]):
+        compose.check_overrides([*spelled, "+sweep=windows"], schema)
+    with pytest.raises(xattn.ConfigError, match="no such file in the group sweep"):
+        compose.check_overrides(["+sweep=windows"], schema)
+
+
+def test_evaluating_again_takes_the_runs_own_tokens_and_lengths(tmp_path: Path) -> None:
+    config = RunConfig(eval=EvalConfig(tokens=512, length_factors=[1, 8]))
+    configfile.save_config(config, tmp_path / "config.yaml")
+    run, tokens, lengths = f"run={tmp_path}", "eval.tokens=512", "eval.length_factors=[1, 8]"
+    assert evaluate.arguments([run]) == [tokens, lengths, run]
+    assert evaluate.arguments([run, "eval.tokens=9"]) == [lengths, run, "eval.tokens=9"]
+    assert evaluate.arguments([run, "eval.length_factors=[1]"]) == [tokens, run, "eval.length_factors=[1]"]
+    assert evaluate.arguments([run, "eval=passkey"]) == [tokens, run, "eval=passkey"], "the group has lengths of its own"
+    assert evaluate.arguments(["run=nowhere"]) == ["run=nowhere"]
 
 
 def test_evaluating_without_a_run_says_what_to_give(refuses) -> None:

@@ -259,8 +259,22 @@ def test_the_package_itself_streams_a_folder_of_files(tmp_path, ending: str) -> 
     assert set(held) < set(words)
     every = load_corpus(replace(data, max_train_tokens=10**6))
     assert len(every.train) + len(every.val) == sum(map(len, words)) + len(words)
-    with pytest.raises(ConfigError, match="no column 'text'; use data.text_field=NAME"):
+    with pytest.raises(ConfigError, match="column 'text' is not there; use data.text_field=body"):
         load_corpus(replace(data, text_field="text"))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"label": 3, "body": "words"}, "column 'text' is not there; use data.text_field=body"),
+        ({"text": 3, "title": "a", "body": "b"}, "column 'text' holds int, not text; use data.text_field=title or body"),
+        ({"text": ["a", "b"]}, "column 'text' holds list, not text; none of its columns .text. is text"),
+    ],
+)
+def test_a_column_that_is_no_text_is_named_with_those_that_are(monkeypatch, row: dict, says: str) -> None:
+    hugging_face(monkeypatch, lambda name, **_: itertools.repeat(row, 3))
+    with pytest.raises(ConfigError, match=f"someone/something: {says}"):
+        load_corpus(DataConfig(source="hf", path="someone/something", max_train_tokens=100))
 
 
 @pytest.mark.parametrize("error", [ConnectionError("Couldn't reach the Hub"), FileNotFoundError("no such data set"), None])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xattn.experiments import compare, evaluate, record, train
+from xattn.experiments import compare, compose, evaluate, record, train
 
 PAGE = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
 FILES = re.findall(r"^`(\S+)`:\n```\w+\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
@@ -58,6 +58,30 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]
 @pytest.mark.parametrize("command", [shlex.join(command) for command in COMMANDS])
 def test_a_command_of_the_page_runs(ran: tuple[Path, dict[str, int]], command: str) -> None:
     assert ran[1][command] in (0, None)
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SHOWN = [shlex.split(line, comments=True) for line in README.splitlines() if line.startswith("xattn-")]
+
+
+@pytest.mark.parametrize("command", [shlex.join(command) for command in SHOWN])
+def test_a_command_of_the_readme_composes(tmp_path: Path, monkeypatch, command: str) -> None:
+    """Not run: this page's commands are, and they are the same kinds."""
+    name, *argv = shlex.split(command)
+    if argv[0].startswith("resume="):
+        return  # Hydra never sees it
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name])
+    argv = compare.arguments(argv) if name == "xattn-compare" else argv
+    argv = [arg for arg in argv if arg not in ("--cfg", "job")]
+    seen = []
+    compose.hydra_main(lambda cfg: seen.append(compose.resolve(cfg)), name.removeprefix("xattn-"), argv)
+    jobs = [compare.plan(config, tmp_path) for config in seen if name == "xattn-compare" and config.variants]
+    assert len(seen) == (6 if "-m" in argv else 1) and (not jobs or len(jobs[0]) == 36)
+
+
+def test_the_readme_shows_every_command() -> None:
+    assert {command[0] for command in SHOWN} == set(ENTRIES)
 
 
 def test_the_page_shows_each_command_and_nothing_that_is_not_run() -> None:

@@ -150,7 +150,13 @@ def test_a_report_of_a_strangers_runs_writes_nothing_outside_their_directory(tmp
 
 @pytest.mark.parametrize(
     "result",
-    ["[]", "not json", '{"status": "completed", "val": 3}', '{"status": ["completed"]}'],
+    [
+        "[]",
+        "not json",
+        '{"status": "completed", "val": 3}',
+        '{"status": ["completed"]}',
+        json.dumps(result_of({}) | {"passkey": 3}),
+    ],
 )
 def test_a_study_pointed_at_foreign_results_says_so(tmp_path: Path, monkeypatch, capsys, result: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from test_experiments_run import FLAGS, losses, same_weights, tiny
 
 import xattn
 from xattn import ConfigError
-from xattn.experiments import device, loop, progress, record
+from xattn.experiments import device, loop, pace, progress, record
 from xattn.experiments.device import loss_module, peak_flops
 from xattn.experiments.launch import launch
 from xattn.experiments.optim import Together, build_optimiser
@@ -186,10 +185,12 @@ def test_utilisation_is_known_on_known_devices_only(monkeypatch) -> None:
 
 
 def test_utilisation_is_model_flops_over_the_peak(monkeypatch) -> None:
-    monkeypatch.setattr(loop, "peak_flops", lambda *_: 1e9)
-    model = xattn.build(FLAGS)
-    fake = SimpleNamespace(device=None, precision="", config=tiny(), model=model, _tokens_per_second=lambda: 100.0)
-    assert loop.Trainer._mfu(fake) == pytest.approx(xattn.accounting.train_flops(model.spec, 16) / 16 * 100 / 1e9)
+    monkeypatch.setattr(pace, "peak_flops", lambda *_: 1e9)
+    spec = xattn.build(FLAGS).spec
+    run = pace.Pace(trainer=tiny().trainer, spec=spec, device=torch.device("cpu"), precision="fp32", before=100.0)
+    assert run.mfu() == pytest.approx(xattn.accounting.train_flops(spec, 16) / 16 * 100 / 1e9)
+    run.seconds = [9.0, 9.0, 9.0, 2.0, 4.0, 3.0]
+    assert run.tokens_per_second() == pytest.approx(run.trainer.tokens_per_step / 3.0), "the warm-up is left out"
 
 
 def test_samples_go_on_from_validation_text_and_are_kept_twice(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from xattn.experiments import plots
+from xattn.experiments import plot_length, plot_loss, plots
 from xattn.experiments.figure import Looks
 from xattn.experiments.gather import Row, Run
 from xattn.experiments.schema import RunConfig, TrainerConfig
@@ -52,7 +52,7 @@ def line(ax, label: str):
 
 @pytest.mark.parametrize(
     ("paint", "places", "values"),
-    [(plots._length, [16, 32], [2.5, 2.5]), (plots._position, [7.5, 23.5], [2.5, 3.5])],
+    [(plot_length.paint_length, [16, 32], [2.5, 2.5]), (plot_length.paint_position, [7.5, 23.5], [2.5, 3.5])],
 )
 def test_lines_are_means_over_seeds_with_a_band_of_one_deviation(tmp_path: Path, paint, places: list, values: list) -> None:
     ax = painted(paint, [row(tmp_path, "dense", 2.0, 3.0)]).axes[0]
@@ -65,22 +65,41 @@ def test_lines_are_means_over_seeds_with_a_band_of_one_deviation(tmp_path: Path,
 
 
 def test_one_seed_claims_no_spread(tmp_path: Path) -> None:
-    for paint in (plots._loss, plots._length, plots._position):
+    for paint in (plot_loss.paint_loss, plot_length.paint_length, plot_length.paint_position):
         assert not painted(paint, [row(tmp_path / paint.__name__, "dense", 2.0)]).axes[0].collections
 
 
-@pytest.mark.parametrize("paint", [plots._length, plots._position])
+@pytest.mark.parametrize("paint", [plot_length.paint_length, plot_length.paint_position])
 def test_extensions_have_panels_of_their_own(tmp_path: Path, paint) -> None:
     rows = [row(tmp_path, "dense", 2.0, extensions=("yarn", "self_extend")), row(tmp_path, "window", 2.5)]
     trained, extended = painted(paint, rows).axes
     labels = {shown.get_label() for shown in trained.lines}
     assert {"dense", "window"} <= labels and not {"yarn", "self_extend"} & labels
-    assert extended.get_title(loc="left") == "dense"
+    assert extended.get_title(loc="left") == "dense, extended"
     assert len({line(extended, label).get_linestyle() for label in ("as trained", "yarn", "self_extend")}) == 3
 
 
+@pytest.mark.parametrize("paint", [plot_length.paint_length, plot_length.paint_position])
+def test_the_band_of_an_extension_is_of_its_change_and_not_of_the_seeds(tmp_path: Path, paint) -> None:
+    # Seeds far apart; an extension that changes nothing has no spread, though its mean stays where it is.
+    trained, extended = painted(paint, [row(tmp_path, "dense", 2.0, 3.0, extensions=("yarn",))]).axes
+    shown = [(ax, ax.collections[0].get_paths()[0].vertices[:, 1]) for ax in (trained, extended)]
+    assert list(line(extended, "yarn").get_ydata()) == list(line(trained, "dense").get_ydata())
+    heights = {ax.get_title(loc="left"): max(h) - min(h) - (max(line_) - min(line_))
+               for (ax, h), line_ in ((pair, pair[0].lines[0].get_ydata()) for pair in shown)}  # fmt: skip
+    assert heights["as trained"] == pytest.approx(2 * 0.5**0.5)
+    assert heights["dense, extended (band: of the change)"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_legend_stands_where_a_panel_is_missing(tmp_path: Path) -> None:
+    rows = [row(tmp_path, name, 2.0, extensions=("yarn",)) for name in ("dense", "window")]
+    figure = painted(plot_length.paint_length, rows)
+    assert not figure.legends and not figure.axes[-1].axison, "three panels, and the legend is the fourth"
+    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["dense", "window", "trained length"]
+
+
 def test_losses_are_also_shown_as_differences_on_the_same_batches(tmp_path: Path) -> None:
-    _, differences = painted(plots._loss, [row(tmp_path, "dense", 2.0, 3.0), row(tmp_path, "window", 2.25, 3.25)]).axes
+    _, differences = painted(plot_loss.paint_loss, [row(tmp_path, "dense", 2.0, 3.0), row(tmp_path, "window", 2.25, 3.25)]).axes
     shown = differences.lines[0]
     assert list(shown.get_ydata()) == pytest.approx([0.25] * 3), "paired by seed, seeds apart cancel"
     low, high = differences.get_ylim()
@@ -88,7 +107,7 @@ def test_losses_are_also_shown_as_differences_on_the_same_batches(tmp_path: Path
 
 
 def test_quality_against_memory_has_a_point_a_variant_and_two_costs(tmp_path: Path) -> None:
-    figure = painted(plots._memory, [row(tmp_path, "dense", 2.0, 3.0, peak=3 * 2**20), row(tmp_path, "window", 2.5)])
+    figure = painted(plots.paint_memory, [row(tmp_path, "dense", 2.0, 3.0, peak=3 * 2**20), row(tmp_path, "window", 2.5)])
     training, cache = figure.axes
     assert [list(shown.get_xdata()) for shown in training.lines if shown.get_marker() not in "_|"] == [[3.0], [1.0]]
     assert "MiB" in training.get_xlabel() and "token" in cache.get_xlabel() and "bits per byte" in training.get_ylabel()

@@ -1,0 +1,139 @@
+"""The tables of a comparison, as text cells: what each variant costs and buys, beyond its length too, and what it finds there."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from xattn.experiments.gather import Estimate, Row, delta, estimate, measure
+from xattn.experiments.judge import AS_TRAINED
+from xattn.experiments.outcome import backend_summary
+
+MIB = 1024**2
+_NONE = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Text cells, ready for any output. Columns are aligned right, but for the first and those named in `left`."""
+
+    title: str
+    header: list[str]
+    cells: list[list[str]]
+    left: tuple[str, ...] = ()
+
+
+def main_table(rows: Sequence[Row]) -> Table:
+    """One line a variant: quality, its difference to the baseline, cost, and the back-end that really ran."""
+    # Two kinds of ±, so that each says which one it is.
+    spread, interval = (" ± sd", " ± 95 %") if any(len(row.done) > 1 for row in rows) else ("", "")
+    judged, _ = measure(rows)
+    change = {"bpb": "delta bpb", "loss_nats": "delta nats"}[judged]
+    header = ["variant", f"val bpb{spread}", f"{change}{interval}", f"val ppl{spread}", "params", "train peak MiB",
+              "infer peak MiB", "KV B/token", "tokens/s", "back-end", "comparable"]  # fmt: skip
+    cells = []
+    for row in rows:
+        if not row.done:
+            cells.append([row.name, *[_NONE] * (len(header) - 2), "no result: " + "; ".join(row.failures)])
+            continue
+        backend = backend_summary(row.first["backends"])
+        cells.append([row.name, *_quality(row, rows[0], judged), *_cost(row), backend, _verdict(row, rows[0])])
+    return Table(title="Trained on equal tokens", header=header, cells=cells, left=("back-end", "comparable"))
+
+
+def _quality(row: Row, baseline: Row, judged: str) -> list[str]:
+    difference = None if row is baseline else delta(row, baseline, "val", judged)
+    return [
+        _show(estimate(row.values("val", "bpb").values()), "{:.4f}"),
+        _show(difference, "{:+.4f}", interval=True),
+        _show(estimate(row.values("val", "ppl").values()), "{:.3f}"),
+    ]
+
+
+def _cost(row: Row) -> list[str]:
+    def mean(*path: str, unit: float = 1.0, form: str = "{:,.0f}") -> str:
+        found = estimate(row.values(*path).values())
+        return form.format(found.mean / unit) if found else _NONE
+
+    return [
+        f"{row.first['params']:,}",
+        mean("memory", "train_peak_bytes", unit=MIB, form="{:,.1f}"),
+        mean("memory", "infer_peak_bytes", unit=MIB, form="{:,.1f}"),
+        mean("memory", "kv_bytes_per_token"),
+        mean("tokens_per_second"),
+    ]
+
+
+def _verdict(row: Row, baseline: Row) -> str:
+    text = "baseline" if row is baseline else "yes"
+    if row.problems:
+        text = "not comparable: " + "; ".join(row.problems)
+    return "; ".join([text, *row.failures])
+
+
+def length_table(rows: Sequence[Row]) -> Table | None:
+    """One line a variant and extension, one column an evaluation length; None where only one length was judged."""
+    done = [row for row in rows if row.done]
+    if len(_lengths(done)) < 2:
+        return None
+    unit = "bits per byte (perplexity)" if measure(rows)[0] == "bpb" else "perplexity"
+    title = f"Beyond the trained length: {unit} on the same validation tokens"
+    return _by_length(done, "val_by_length", _length_cell, title=title)
+
+
+def passkey_table(rows: Sequence[Row]) -> Table | None:
+    """One line a variant and extension, one column a length: the share of planted keys found; None where none was asked for."""
+    asked = [row for row in rows if row.done and row.first.get("passkey")]
+    if not asked:
+        return None
+    title = "Planted keys found: mean over depths (worst depth), of 1"
+    return _by_length(asked, "passkey", _passkey_cell, title=title)
+
+
+def _by_length(rows: Sequence[Row], field: str, cell: Callable[[Row, str, int], str], *, title: str) -> Table:
+    lengths = _lengths(rows)
+    header = ["variant", "evaluated with", *[f"{n} ({n // min(lengths)}x)" for n in lengths]]
+    cells = [
+        [row.name, "as trained" if name == AS_TRAINED else name, *[cell(row, name, n) for n in lengths]]
+        for row in rows
+        for name in row.first[field]
+    ]
+    return Table(title=title, header=header, cells=cells, left=("evaluated with",))
+
+
+def _lengths(rows: Sequence[Row]) -> list[int]:
+    return sorted({int(n) for row in rows for by in row.first["val_by_length"].values() for n in by})
+
+
+def _length_cell(row: Row, extension: str, length: int) -> str:
+    entry = row.first["val_by_length"].get(extension, {}).get(str(length), {})
+    if "error" in entry:
+        return "not possible"
+    place = ("val_by_length", extension, str(length))
+    bpb, ppl = (estimate(row.values(*place, name).values()) for name in ("bpb", "ppl"))
+    if ppl is None:
+        return _NONE
+    return f"{bpb.mean:.3f} ({ppl.mean:.2f})" if bpb is not None else f"{ppl.mean:.2f}"
+
+
+def _passkey_cell(row: Row, extension: str, length: int) -> str:
+    by_depth = row.first["passkey"].get(extension, {}).get(str(length), {})
+    if "error" in by_depth:
+        return "not possible"
+    place = ("passkey", extension, str(length))
+    found = [estimate(row.values(*place, depth, "accuracy").values()) for depth in by_depth]
+    means = [value.mean for value in found if value is not None]
+    return f"{statistics.fmean(means):.2f} ({min(means):.2f})" if means else _NONE
+
+
+def _show(value: Estimate | None, form: str, *, interval: bool = False) -> str:
+    """`mean ± spread` over seeds, or, for a difference, `mean ± half the 95 % interval`."""
+    if value is None:
+        return _NONE
+    text = form.format(value.mean)
+    around = value.half_95 if interval else value.spread
+    return text if around is None else f"{text} ± {form.format(around).lstrip('+')}"
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Every table that the rows have numbers for."""
+    return [table for table in (main_table(rows), length_table(rows), passkey_table(rows)) if table is not None]
