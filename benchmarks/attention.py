@@ -36,6 +36,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose name holds this, as in «N4096 D64»")
     parser.add_argument("--scratch-mib", type=int, default=256, help="what selection may hold at once")
     parser.add_argument("--rep-ms", type=float, default=30, help="how long each measurement repeats")
+    parser.add_argument("--hows", nargs="+", choices=("eager", "graph"), default=["eager", "graph"], help="how calls are timed")
     parser.add_argument("--budget-s", type=float, default=560, help="no new case begins after this many seconds")
     parser.add_argument("--jobs", type=int, default=None, help="processes that compile before the timed pass (0: none)")
     parser.add_argument("--out", type=Path, default=None, help="rows are appended here (default: results/attention.jsonl)")
@@ -154,7 +155,8 @@ class Run:
             dense = 4 * case.b * case.h * case.n**2 / 2**20
             if what == FLEX and peak is not None and case.n >= 4096 and peak >= dense:
                 raise RuntimeError(f"peak {peak:.0f} MiB is that of dense logits ({dense:.0f} MiB): it fell back to eager")
-            for how in case.hows:
+            # a case that is timed eagerly alone (it is too large to capture) always is
+            for how in [how for how in case.hows if how in self.args.hows] or case.hows:
                 figures = {"pass": on, "how": how, "peak_mib": peak, "first_s": first_s, "stick_share": share}
                 try:
                     ms = median_ms(work if how == "eager" else captured(work), rep_ms=self.args.rep_ms)

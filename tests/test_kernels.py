@@ -6,6 +6,7 @@ test_backends.py runs the kernels as well.
 
 import itertools
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, SEATINGS, Case, Seating, seats, tensors
-from measure import error, errors, forward_and_gradients, sticks
+from measure import assert_within, error, errors, forward_and_gradients, sticks
 from torch import Tensor
 
 import xattn
@@ -80,13 +81,17 @@ def check(
     given = seat.take(tensors(spec, n, batch=batch, device=DEVICE))
     given = {name: t * scale.get(name, 1.0) for name, t in given.items()}
     at = seat.layouts(DEVICE)
-    truth = results(spec, given, at, torch.float64, ours=False)
-    stick = sticks([errors(results(spec, given, at, dtype, ours=False), truth)])
+
+    def stick_of(spec: AttentionSpec) -> tuple[dict[str, float], dict[str, Tensor]]:
+        truth = results(spec, given, at, torch.float64, ours=False)
+        return sticks([errors(results(spec, given, at, dtype, ours=False), truth)]), truth
+
+    stick, truth = stick_of(spec)
+    plain = stick
+    if 0.0 in stick.values():
+        plain, _ = stick_of(parse_attention(causal=spec.pattern.causal, heads=spec.heads, kv_heads=spec.kv_heads, dim_head=spec.dim_head))
     got = results(spec, given, at, dtype, ours=True)
-    for name, off in errors(got, truth).items():
-        # where the definition happens to be exact, a rounding of the result is allowed
-        bound = max(stick["out" if name == "out" else "gradient"], torch.finfo(dtype).eps * float(truth[name].abs().max()) * 4)
-        assert off <= bound, f"{name}: off by {off:.2e}, above {bound:.2e}"
+    assert_within(errors(got, truth), stick, plain)
     return got
 
 
@@ -168,37 +173,49 @@ def cap(monkeypatch: pytest.MonkeyPatch, limit_bytes: int) -> None:
 @pytest.mark.parametrize("flags", [{}, {"sliding_window": 90}, {"selection_skip": 7.0}], ids=str)
 def test_chunks_of_scratch_change_nothing(monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]) -> None:
     cap(monkeypatch, 1)
-    check(spec_of(attn_selective=True, sim_head=1, kv_heads=1, **flags), 1100)
+    check(spec_of(attn_selective=True, sim_head=1, kv_heads=1, **flags), 560)
 
 
 def test_scratch_keeps_to_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     from xattn.kernels import launch
 
+    alive: list[weakref.ref[Tensor]] = []
     held: list[int] = []
     take = launch._Call.scratch
 
     def watch(self: Any, *args: Any, **more: Any) -> Tensor:
         found = take(self, *args, **more)
-        held.append(found.nbytes)
+        alive.append(weakref.ref(found))
+        held.append(sum(t.nbytes for t in (ref() for ref in alive) if t is not None))
         return found
 
     monkeypatch.setattr(launch._Call, "scratch", watch)
-    limit = 8 * 2**20
+    limit = 5 * 2**18
     cap(monkeypatch, limit)
-    check(spec_of(heads=1, attn_selective=True), 1700)
-    # F and, in the backward, a slice of its gradient are each counted against the cap; spare tiles come on top
-    assert max(a + b for a, b in itertools.pairwise(held)) <= limit * 1.05
+    check(spec_of(heads=1, attn_selective=True), 600)
+    # F, and in the chunks of dQ a slice of dS with it; a spare tile at either end of each comes on top
+    assert len(held) > 4 and limit / 2 < max(held) <= limit + 4 * 4096 * 4
 
 
 def test_a_key_that_all_vote_against_is_forgotten_without_a_trace() -> None:
-    # F up to 1e4 and beyond, where float16 ends
-    got = check(spec_of(heads=1, attn_selective=True), 300, dtype=HALF, q=30.0, k=30.0)
-    assert all(bool(t.isfinite().all()) for t in got.values())
+    for dtype in (torch.float32, HALF):
+        got = check(spec_of(heads=1, attn_selective=True), 260, dtype=dtype, q=10.0, k=10.0)
+        assert all(bool(t.isfinite().all()) for t in got.values())
+
+
+def test_a_penalty_beyond_float16_is_no_infinity() -> None:
+    spec, n = spec_of(heads=1, attn_selective=True), 260
+    given = {name: t.to(HALF) * (1.0 if name == "v" else 30.0) for name, t in tensors(spec, n, batch=1, device=DEVICE).items()}
+    q, k, v = (given[name].requires_grad_() for name in ("q", "k", "v"))
+    _, carry = reference(q.double(), k.double(), v.double(), spec=spec, layout_i=Layout.plain(n), layout_j=Layout.plain(n))
+    assert float(carry.detach().max()) > 65504
+    out = attend(q, k, v, spec=spec, backend="triton")
+    assert all(bool(t.isfinite().all()) for t in (out, *torch.autograd.grad(out.sum(), (q, k, v))))
 
 
 def test_large_logits_stay_finite() -> None:
     for flags in ({}, {"sink_logits": True}, {"logit_softcap": 5.0}):
-        got = check(spec_of(heads=1, **flags), 70, q=100.0)
+        got = check(spec_of(heads=1, **flags), 70, batch=6, q=100.0)
         assert all(bool(t.isfinite().all()) for t in got.values())
 
 
@@ -253,7 +270,7 @@ def test_the_log_sum_exp_is_right_and_can_be_differentiated() -> None:
         weight = given["dout"][..., 0]
         got_grads = torch.autograd.grad((lse * weight).sum() * 0.6931471805599453, (q, k))
         want_grads = torch.autograd.grad((want * weight).sum(), (q, k))
-        assert error(lse.double() * 0.6931471805599453, want) < 1e-5
+        assert error(lse.detach().double() * 0.6931471805599453, want.detach()) < 1e-5
         assert all(error(a, b) < 1e-5 * float(b.abs().max()) for a, b in zip(got_grads, want_grads, strict=True))
 
 
