@@ -89,7 +89,8 @@ def check(
     stick, truth = stick_of(spec)
     plain = stick
     if 0.0 in stick.values():
-        plain, _ = stick_of(parse_attention(causal=spec.pattern.causal, heads=spec.heads, kv_heads=spec.kv_heads, dim_head=spec.dim_head))
+        sizes = {"heads": spec.heads, "kv_heads": spec.kv_heads, "dim_head": spec.dim_head}
+        plain, _ = stick_of(parse_attention(causal=spec.pattern.causal, **sizes))
     got = results(spec, given, at, dtype, ours=True)
     assert_within(errors(got, truth), stick, plain)
     return got
