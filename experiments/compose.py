@@ -48,9 +48,11 @@ def hydra_main(task: Callable[[Any], Any], command: str, argv: list[str]) -> Non
         ConfigError: an override names a key that no group has or gives what no such key can be, or the task raised it.
     """
     import hydra
+    import yaml
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import CompactHydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     store = ConfigStore.instance()
     for name, node in schemas().items():
@@ -72,7 +74,7 @@ def hydra_main(task: Callable[[Any], Any], command: str, argv: list[str]) -> Non
     with _errors_raised():
         try:
             hydra.main(config_path=str(CONFIGS), config_name=command, version_base="1.3")(guarded)()
-        except CompactHydraException as error:
+        except (CompactHydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(_in_our_words(error, command)) from None
     if refusals:
         raise refusals[0]
@@ -94,7 +96,7 @@ def _errors_raised() -> Iterator[None]:
 
 
 def _in_our_words(error: Exception, command: str) -> str:
-    """Hydra's message on one line, with OmegaConf's reason."""
+    """What Hydra, OmegaConf or YAML says, on one line."""
     from hydra.errors import OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -104,6 +106,8 @@ def _in_our_words(error: Exception, command: str) -> str:
         return f"{found[1]}={found[2]} gives several values; {runs}for a list write {found[1]}=[{found[2]}]"
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: {said}"
+    if found := re.search(r"Key '(experiment|sweep|debug)' not in", said):
+        return f"{said.split(':')[0]}: {found[1]} is no field of the config; begin the file with the line # @package _global_"
     if isinstance(error.__cause__, OmegaConfBaseException):
         return f"{said}: {str(error.__cause__).splitlines()[0]}"
     return said
@@ -219,7 +223,7 @@ def resolve(cfg: Any) -> Any:
     try:
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the config cannot be resolved: {error}") from None
+        raise ConfigError(f"the config cannot be resolved: {' '.join(str(error).split())}") from None
     config.eval.flags = _given(config.eval.flags)
     if isinstance(config, RunConfig):
         config.model = _given(config.model)

@@ -37,11 +37,18 @@ def _body(argv: list[str]) -> int:
         sweeps.add(HydraConfig.get().sweep.dir)
         result = _one(cfg)
         results.append(result)
-        if elsewhere is None and (stopped() or result["status"] == record.INTERRUPTED):
-            raise KeyboardInterrupt
+        if elsewhere is None and asked_to_stop():
+            raise KeyboardInterrupt  # which ends a sweep
         return _objective(result)
 
-    hydra_main(task, "train", argv)
+    def asked_to_stop() -> bool:
+        return stopped() or any(result["status"] == record.INTERRUPTED for result in results)
+
+    try:
+        hydra_main(task, "train", argv)
+    except KeyboardInterrupt:
+        if not asked_to_stop():
+            raise
     if elsewhere is not None:
         runs = sorted({path.parent for name in (record.CONFIG, record.RESULT) for path in elsewhere.glob(f"*/{name}")})
         results = [record.read_result(run_dir) for run_dir in runs]
@@ -51,7 +58,7 @@ def _body(argv: list[str]) -> int:
         done = sum(result["status"] == record.COMPLETED for result in results)
         folder = elsewhere or (sweeps.pop() if len(sweeps) == 1 else "DIR")
         say(f"{done} of {len(results)} runs completed; compare them: xattn-compare runs={folder}")
-    return _exit_status(results)
+    return 75 if elsewhere is None and asked_to_stop() else _exit_status(results)
 
 
 def _elsewhere(argv: list[str]) -> Path | None:

@@ -159,6 +159,25 @@ def test_ones_own_groups_are_known(tmp_path: Path) -> None:
         compose.check_overrides(["+sweep=windows"], schema)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: mine", "begin the file with the line # @package _global_"),
+        ("# @package _global_\nmodel: [1", "while parsing a flow sequence"),
+        ("# @package _global_\nmodel: [1]", "Cannot merge"),
+        ("# @package _global_\nname: ${nowhere}", "key 'nowhere' not found"),
+    ],
+)
+def test_a_file_of_ones_own_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch, capfd, text: str, says: str) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "short.yaml").write_text(text)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    argv = ["--config-dir", str(tmp_path / "mine"), "+experiment=short"]
+    said = refused(train.main, *argv, monkeypatch=monkeypatch, capfd=capfd)
+    assert says in said and len(said.splitlines()) == 1
+
+
 def test_evaluating_again_takes_the_runs_own_tokens_and_lengths(tmp_path: Path) -> None:
     config = RunConfig(eval=EvalConfig(tokens=512, length_factors=[1, 8]))
     configfile.save_config(config, tmp_path / "config.yaml")

@@ -306,7 +306,7 @@ def test_a_stop_reaches_the_worker_and_no_further_run_is_started(tmp_path: Path)
     )
     with sweep:
         said = [line for line in iter(sweep.stdout.readline, "") if not line.startswith("step ") or sweep.terminate()]
-    assert sweep.returncode in (75, 130), said
+    assert sweep.returncode == 75, said
     assert record.read_result(tmp_path / "sweep" / "0")["status"] == "interrupted"
     assert not (tmp_path / "sweep" / "1").exists()
 
