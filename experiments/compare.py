@@ -82,9 +82,11 @@ def _study(config: CompareConfig) -> int:
     record.write_json(folder / STUDY, _kept(config))
     size = f"{len(config.variants)} variants, seeds {config.seeds}, {config.trainer.tokens:,} tokens each"
     say(f"{config.study}: {size}, in {folder}")
+    all_well = True
     for number, job in enumerate(jobs, start=1):
         prefix = f"[{number}/{len(jobs)} {job.run_dir.name}] "
         result = launch(job.config, job.run_dir, prefix=prefix, quiet=True)
+        all_well &= result["status"] == record.COMPLETED
         if result["status"] == record.INTERRUPTED or (stopped() and number < len(jobs)):
             say(f"interrupted; the same command goes on from here ({folder})")
             return 75
@@ -93,7 +95,7 @@ def _study(config: CompareConfig) -> int:
     if stopped():
         say(f"interrupted; the same command goes on from here ({folder})")
         return 75
-    return report(config, folder)
+    return report(config, folder) or int(not all_well)
 
 
 def _kept(config: CompareConfig) -> dict[str, Any]:

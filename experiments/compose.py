@@ -1,17 +1,22 @@
 """From the command line to one checked config: Hydra composes, and nothing starts before every flag is understood."""
 
 import difflib
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import xattn
 from xattn import ConfigError
+from xattn.experiments.device import check_device
 from xattn.experiments.schema import CompareConfig, EvalConfig, EvaluateConfig, RunConfig, TrainConfig, check_packages
-from xattn.experiments.sources import vocabulary_of
+from xattn.experiments.sources import check_files, vocabulary_of
 
 _HERE = Path(__file__).resolve().parent
 # Installed, configs/ lies inside this package's parent; in a checkout beside it.
@@ -40,11 +45,14 @@ def hydra_main(task: Callable[[Any], Any], command: str, argv: list[str]) -> Non
     """Compose `configs/<command>.yaml` with the overrides in `argv` and call `task(cfg)` for each job.
 
     Raises:
-        ConfigError: an override names a key that no group has, or the task raised it.
+        ConfigError: an override names a key that no group has or gives what no such key can be, or the task raised it.
     """
     import hydra
+    import yaml
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import CompactHydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     store = ConfigStore.instance()
     for name, node in schemas().items():
@@ -63,9 +71,46 @@ def hydra_main(task: Callable[[Any], Any], command: str, argv: list[str]) -> Non
             # Of a refused job, or of a report that is written elsewhere.
             _remove_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
-    hydra.main(config_path=str(CONFIGS), config_name=command, version_base="1.3")(guarded)()
+    with _errors_raised():
+        try:
+            hydra.main(config_path=str(CONFIGS), config_name=command, version_base="1.3")(guarded)()
+        except (CompactHydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(_in_our_words(error, command)) from None
     if refusals:
         raise refusals[0]
+
+
+@contextmanager
+def _errors_raised() -> Iterator[None]:
+    """Hydra raises its errors, where it would print them in its own words and exit."""
+    name = "HYDRA_FULL_ERROR"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _in_our_words(error: Exception, command: str) -> str:
+    """What Hydra, OmegaConf or YAML says, on one line."""
+    from hydra.errors import OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    said = " ".join(str(error).split()).removeprefix("Error merging override ")
+    if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'$", str(error).strip().splitlines()[0]):
+        runs = "for a run of each add -m, " if command == "train" else ""
+        return f"{found[1]}={found[2]} gives several values; {runs}for a list write {found[1]}=[{found[2]}]"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: {said}"
+    if found := re.search(r"Key '(experiment|sweep|debug)' not in", said):
+        return f"{said.split(':')[0]}: {found[1]} is no field of the config; begin the file with the line # @package _global_"
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        return f"{said}: {str(error.__cause__).splitlines()[0]}"
+    return said
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -86,6 +131,8 @@ def check_overrides(argv: Iterable[str], schema: Any) -> None:
     """
     argv = list(argv)
     for arg in argv:
+        if arg.startswith("--"):
+            _check_option(arg, schema)
         if arg.startswith("-") or "=" not in arg:
             continue
         key, value = arg.split("=", 1)
@@ -98,10 +145,18 @@ def check_overrides(argv: Iterable[str], schema: Any) -> None:
             _check_key(key, schema)
 
 
+def _check_option(arg: str, schema: Any) -> None:
+    """Options are Hydra's own, such as --cfg; what is a field of ours stands without dashes."""
+    key, _, value = arg.removeprefix("--").replace("-", "_").partition("=")
+    ours = {*GROUPS, *(f.name for f in fields(schema)), "resume"} - {"run"}  # Hydra has a --run
+    if key.split(".")[0] in ours:
+        raise ConfigError(f"{arg} is no option; fields stand without dashes: use {key}={value or 'VALUE'}")
+
+
 def _check_choice(group: str, value: str, argv: list[str]) -> None:
     names = {path.stem for folder in (CONFIGS, *_config_dirs(argv)) for path in (folder / group).glob("*.yaml")}
     for name in value.split(","):
-        if name not in names and re.fullmatch(r"\w+", name) and name != "null":
+        if name not in names and re.fullmatch(r"\w*", name) and name != "null":
             close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
             cure = f"did you mean {group}={close[0]}?" if close else f"use one of {', '.join(sorted(names))}"
             raise ConfigError(f"{group}={name}: there is no such file in the group {group}; {cure}")
@@ -168,12 +223,14 @@ def resolve(cfg: Any) -> Any:
     try:
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"the config cannot be resolved: {error}") from None
+        raise ConfigError(f"the config cannot be resolved: {' '.join(str(error).split())}") from None
     config.eval.flags = _given(config.eval.flags)
     if isinstance(config, RunConfig):
         config.model = _given(config.model)
         config.check()
         check_packages(config)
+        check_device(config.trainer)
+        check_files(config.data)
         complete_model(config)
         check_flags(config)
     else:
@@ -204,10 +261,12 @@ def complete_model(config: RunConfig) -> None:
 
 
 def check_flags(config: RunConfig) -> None:
-    """Parse the model's flags, and the evaluation-time flags on top of them: both fail now, not hours later."""
-    xattn.parse(config.model)
-    if config.eval.flags:
-        xattn.parse(config.model | config.eval.flags)
+    """Check the model's flags, and the evaluation-time flags on top of them: both fail now, not hours later."""
+    for flags in (config.model, config.model | config.eval.flags):
+        xattn.parse(flags)
+        if flags.get("attn_backend") is not None:
+            with torch.device("meta"):
+                xattn.build(**flags)  # raises where that back-end cannot serve a layer
     known = list(xattn.flag_table())
     for name, flags in config.eval.extensions.items():
         for flag in flags:

@@ -26,23 +26,30 @@ PEAK_FLOPS = {
 }
 
 
+def check_device(trainer: TrainerConfig) -> None:
+    """Raise ConfigError where CUDA was named and there is none, or more processes than CUDA devices."""
+    if trainer.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=cpu or auto")
+    if trainer.device == "cpu" or not torch.cuda.is_available() or trainer.strategy == "none":
+        return
+    if trainer.processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"trainer.processes={trainer.processes}, but torch sees {torch.cuda.device_count()} CUDA devices; "
+            f"use trainer.processes={torch.cuda.device_count()} or trainer.device=cpu"
+        )
+
+
 def pick_device(trainer: TrainerConfig) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU.
 
     Raises:
-        ConfigError: CUDA was named and there is none.
+        ConfigError: as check_device.
     """
-    if trainer.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("trainer.device=cuda, but torch sees no CUDA device; use trainer.device=cpu or auto")
+    check_device(trainer)
     kind = trainer.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and trainer.strategy != "none":
-        if trainer.processes > torch.cuda.device_count():
-            raise ConfigError(
-                f"trainer.processes={trainer.processes}, but torch sees {torch.cuda.device_count()} CUDA devices; "
-                f"use trainer.processes={torch.cuda.device_count()} or trainer.device=cpu"
-            )
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
     return torch.device(kind)

@@ -84,10 +84,13 @@ def evaluate(asked: EvaluateConfig) -> dict[str, Any]:
         device=device,
         precision=pick_precision(config.trainer, device),
     )
+    # Of the model with the evaluation-time flags: they may need another back-end than it was trained on.
+    backends = (model.with_flags(**asked.eval.flags) if asked.eval.flags else model).backends()
     path = Path(asked.out) if asked.out is not None else _next_path(run_dir / FOLDER)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record.write_json(path, {"run": run_dir.name, "eval": asdict(asked.eval), **judged, **record.provenance()})
-    _show(judged, name=config.name, backend=backend_summary(model.backends()), flags=asked.eval.flags)
+    about = {"run": run_dir.name, "eval": asdict(asked.eval), "backends": backends}
+    record.write_json(path, {**about, **judged, **record.provenance()})
+    _show(judged, name=config.name, backend=backend_summary(backends), flags=asked.eval.flags)
     say(f"written: {path}")
     return judged
 

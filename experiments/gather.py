@@ -61,12 +61,13 @@ class Row:
 
     @property
     def failures(self) -> list[str]:
-        """`seed 1: oom: reason` for each run without a result."""
-        return [
-            f"seed {run.config.seed}: {': '.join(run.result[k] for k in ('status', 'error') if k in run.result)}"
-            for run in self.runs
-            if not run.done
-        ]
+        """`seed 1: oom: reason` for each run without a result; seeds that ended alike share one."""
+        seeds: dict[str, list[str]] = {}
+        for run in self.runs:
+            if not run.done:
+                reason = ": ".join(run.result[k] for k in ("status", "error") if k in run.result)
+                seeds.setdefault(reason, []).append(str(run.config.seed))
+        return [f"seed{'s' if len(them) > 1 else ''} {', '.join(them)}: {reason}" for reason, them in seeds.items()]
 
     def values(self, *path: str) -> dict[int, float]:
         """seed -> the number at this place in result.json, where there is one."""

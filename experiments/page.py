@@ -39,7 +39,7 @@ def page(
     parts += [_table(table) for table in tables]
     if pictures:
         figures = "".join(_figure(folder / name, caption) for name, caption in pictures)
-        parts.append(f'<h2>Pictures</h2>{figures}')
+        parts.append(f"<h2>Pictures</h2>{figures}")
     parts.append("<h2>How to read this</h2><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>\n'

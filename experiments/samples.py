@@ -30,9 +30,7 @@ def write_samples(model: Any, corpus: Corpus, config: RunConfig, *, device: torc
     prompts = torch.stack([torch.from_numpy(corpus.val.window(start, prompt_tokens)[0]) for start in starts])
     with autocast(device, precision):
         new = generate(model, prompts.to(device), new_tokens, seed=config.seed)
-    return [
-        {"prompt": _text(corpus, prompt), "text": _text(corpus, ids)} for prompt, ids in zip(prompts, new.cpu(), strict=True)
-    ]
+    return [{"prompt": _text(corpus, prompt), "text": _text(corpus, ids)} for prompt, ids in zip(prompts, new.cpu(), strict=True)]
 
 
 def keep_samples(run_dir: Path) -> None:

@@ -43,6 +43,16 @@ def vocabulary_of(data: DataConfig) -> int | None:
     return size
 
 
+def check_files(data: DataConfig) -> None:
+    """Raise ConfigError for files that are not there or cannot be opened: before any work, and not by a worker."""
+    if data.source == "text":
+        _find(str(data.path))
+        if data.val_path is not None:
+            _find(data.val_path, name="data.val_path")
+    if data.source == "bin":
+        _token_files(data)
+
+
 def load_corpus(data: DataConfig) -> Corpus:
     """Read and tokenise the configured source.
 
@@ -57,7 +67,7 @@ def load_corpus(data: DataConfig) -> Corpus:
         name, train, val = "Tiny Shakespeare", [(CORPORA / "tinyshakespeare.txt").read_bytes()], None
     elif data.source == "text":
         name, train = str(data.path), read_documents(str(data.path), field=data.text_field)
-        val = read_documents(data.val_path, field=data.text_field) if data.val_path is not None else None
+        val = read_documents(data.val_path, field=data.text_field, name="data.val_path") if data.val_path is not None else None
     else:
         name, train, val = str(data.path), *_hugging_face(data)
     if val is None:
@@ -65,26 +75,40 @@ def load_corpus(data: DataConfig) -> Corpus:
     return _tokenised(data, name, train, val)
 
 
-def read_documents(pattern: str, *, field: str = "text") -> list[bytes]:
+def read_documents(pattern: str, *, field: str = "text", name: str = "data.path") -> list[bytes]:
     """The documents of a file or a glob: a .jsonl line is one (its `field`), any other file is one; .gz and .xz are read.
 
     Raises:
-        ConfigError: nothing there, not readable, or a line without the field.
+        ConfigError: nothing there, not readable, or a line without the field; `name` is the field that named the files.
     """
-    paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-    if not paths:
-        raise ConfigError(f"data.path={pattern} matches no file; use the path of a text file or a glob that finds some")
     documents = []
-    for path in map(Path, paths):
+    for path in _find(pattern, name=name):
         opener = _OPENERS.get(path.suffix, open)
         stem = path.with_suffix("") if path.suffix in _OPENERS else path
         try:
             with opener(path, "rb") as file:
                 documents += _json_lines(file, path, field) if stem.suffix == ".jsonl" else [file.read()]
         except (OSError, EOFError, lzma.LZMAError) as error:
-            why = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(f"data.path={path} cannot be read: {why}; use the path of a text file") from None
+            raise _unreadable(name, path, error) from None
     return [document for document in documents if document]
+
+
+def _find(pattern: str, *, name: str = "data.path") -> list[Path]:
+    """The files of a path or a glob, each of which can be opened."""
+    paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+    if not paths:
+        raise ConfigError(f"{name}={pattern} matches no file; use the path of a text file or a glob that finds some")
+    for path in map(Path, paths):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise _unreadable(name, path, error) from None
+    return [Path(path) for path in paths]
+
+
+def _unreadable(name: str, path: Path, error: Exception) -> ConfigError:
+    why = getattr(error, "strerror", None) or str(error)
+    return ConfigError(f"{name}={path} cannot be read: {why}; use the path of a text file")
 
 
 def _json_lines(file: Any, path: Path, field: str) -> list[bytes]:

@@ -13,7 +13,7 @@ from typing import Any
 from xattn import ConfigError
 from xattn.experiments import record
 from xattn.experiments.compose import command_line, hydra_main, resolve
-from xattn.experiments.configfile import as_run, load_config
+from xattn.experiments.configfile import as_run, load_config, redact
 from xattn.experiments.launch import launch, stopped
 from xattn.experiments.record import say
 
@@ -26,18 +26,29 @@ def main() -> None:
 def _body(argv: list[str]) -> int:
     resume = next((arg.removeprefix("resume=") for arg in argv if arg.startswith("resume=")), None)
     if resume is not None:
-        return _resume(Path(resume), [arg for arg in argv if not arg.startswith("resume=")])
+        return _resume(resume, [arg for arg in argv if not arg.startswith("resume=")])
     elsewhere = _elsewhere(argv)
     results: list[dict[str, Any]] = []
+    sweeps: set[str] = set()
 
     def task(cfg: Any) -> float:
+        from hydra.core.hydra_config import HydraConfig
+
+        sweeps.add(HydraConfig.get().sweep.dir)
         result = _one(cfg)
         results.append(result)
-        if elsewhere is None and (stopped() or result["status"] == record.INTERRUPTED):
-            raise KeyboardInterrupt
+        if elsewhere is None and asked_to_stop():
+            raise KeyboardInterrupt  # which ends a sweep
         return _objective(result)
 
-    hydra_main(task, "train", argv)
+    def asked_to_stop() -> bool:
+        return stopped() or any(result["status"] == record.INTERRUPTED for result in results)
+
+    try:
+        hydra_main(task, "train", argv)
+    except KeyboardInterrupt:
+        if not asked_to_stop():
+            raise
     if elsewhere is not None:
         runs = sorted({path.parent for name in (record.CONFIG, record.RESULT) for path in elsewhere.glob(f"*/{name}")})
         results = [record.read_result(run_dir) for run_dir in runs]
@@ -45,8 +56,9 @@ def _body(argv: list[str]) -> int:
             _print_result(result, run_dir)
     if len(results) > 1:
         done = sum(result["status"] == record.COMPLETED for result in results)
-        say(f"{done} of {len(results)} runs completed")
-    return _exit_status(results)
+        folder = elsewhere or (sweeps.pop() if len(sweeps) == 1 else "DIR")
+        say(f"{done} of {len(results)} runs completed; compare them: xattn-compare runs={folder}")
+    return 75 if elsewhere is None and asked_to_stop() else _exit_status(results)
 
 
 def _elsewhere(argv: list[str]) -> Path | None:
@@ -75,6 +87,9 @@ def _one(cfg: Any) -> dict[str, Any]:
 
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
+    if hydra.mode == RunMode.MULTIRUN:
+        given = [part for part in hydra.overrides.task if not part.startswith("run_dir=")]
+        say(redact(f"[job {hydra.job.num}] {' '.join(given)}"))
     try:
         config = as_run(resolve(cfg))
         result = launch(config, run_dir)
@@ -88,9 +103,10 @@ def _one(cfg: Any) -> dict[str, Any]:
     return result
 
 
-def _resume(run_dir: Path, others: list[str]) -> int:
+def _resume(given: str, others: list[str]) -> int:
+    run_dir = Path(given)
     if not (run_dir / record.CONFIG).is_file():
-        raise ConfigError(f"resume={run_dir} is no run directory: it has no {record.CONFIG}")
+        raise ConfigError(f"resume={given} is no run directory: it has no {record.CONFIG}; use resume=DIR")
     if others:
         raise ConfigError(
             f"resume= takes the config saved in {run_dir} and nothing else; drop {' '.join(others)}, or start a new run"

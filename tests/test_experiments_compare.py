@@ -98,13 +98,15 @@ def test_a_report_needs_run_directories_and_nothing_else(study: Path, monkeypatc
     assert (study / "results.csv").read_text() == first
 
 
-def test_a_run_can_be_judged_again_with_evaluation_time_flags(study: Path, monkeypatch) -> None:
+def test_a_run_can_be_judged_again_with_evaluation_time_flags(study: Path, monkeypatch, capsys) -> None:
     run_dir = study / "dense-seed0"
     flags = ["eval.flags.self_extend_group=8", "eval.flags.self_extend_window=4"]
     assert main(monkeypatch, evaluate.main, f"run={run_dir}", "eval.tokens=256", *flags) == 0
     again = json.loads((run_dir / "evaluations" / "0.json").read_text())
     known = record.read_result(run_dir)["val_by_length"]["self_extend"]
     assert again["val_by_length"]["none"]["64"]["loss_nats"] == pytest.approx(known["64"]["loss_nats"], rel=1e-6)
+    assert {layer["backend"] for layer in again["backends"]} == {"reference"}, "the fused kernel has no Self-Extend"
+    assert "dense (reference), self_extend_group=8" in capsys.readouterr().out
 
 
 def test_a_directory_without_runs_is_refused(tmp_path: Path) -> None:
@@ -200,6 +202,10 @@ def test_a_seed_that_failed_is_named_and_the_others_still_count(tmp_path: Path) 
     made(tmp_path, "dense", seed=1, status="oom")
     (line,) = main_table(rows_of(tmp_path)).cells
     assert line[1] == "2.0000" and "seed 1: oom: signal 9" in line[-1]
+    made(tmp_path, "dense", seed=2, status="oom")
+    made(tmp_path, "dense", seed=3, status="killed")
+    (line,) = main_table(rows_of(tmp_path)).cells
+    assert line[-1].endswith("seeds 1, 2: oom: signal 9; seed 3: killed: signal 9")
 
 
 def test_runs_that_share_a_name_are_told_apart_by_their_flags(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The config: every flag reaches the model, and what cannot be fails before any work with a cure, not a traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,19 @@ def test_a_typo_gets_a_suggestion_and_no_work_is_done(refuses, main, override: s
         (["model.kv_heads=3"], "kv_heads=3"),
         (["model.dim=wide"], "dim='wide'"),
         (["trainer.steps=0"], "trainer.steps=0"),
-        (["trainer.steps=many"], "many"),
+        (["trainer.steps=many"], "error: trainer.steps=many: Value 'many' of type 'str'"),
+        (["seed=0,1"], "seed=0,1 gives several values; for a run of each add -m, for a list write seed=[0,1]"),
+        (["seed=[0,1"], "error: seed=[0,1 cannot be read"),
+        (["--seed", "1"], "--seed is no option; fields stand without dashes: use seed=VALUE"),
+        (["--trainer.steps=3"], "use trainer.steps=3"),
+        (["--resume", "runs/x"], "use resume=VALUE"),
+        (["resume="], "use resume=DIR"),
+        (["model.attn_selective=true", "model.attn_backend=sdpa"], "'sdpa' does not implement attn_selective"),
+        (["model.attn_backend=spda"], "did you mean sdpa"),
+        (["model.attn_backend=sdpa", *(f"eval.flags.self_extend_{x}=4" for x in ("group", "window"))], "self_extend_group"),
+        (["data=text", "data.path=gone.txt"], "data.path=gone.txt cannot be read: No such file"),
+        (["data=text", f"data.path={__file__}", "data.val_path=*.gone"], "data.val_path=*.gone matches no file"),
+        (["data=bin", "data.path=gone"], "data.path=gone has no tokens in train.bin"),
         (["trainer.batch_size=4", "trainer.micro_batch=3"], "(1, 2, 4)"),
         (["model.num_tokens=100"], "256 ids"),
         (["model.max_seq_len=8"], "trainer.seq_len=32"),
@@ -98,6 +111,10 @@ def test_what_cannot_be_is_refused_by_name_before_any_work(refuses, overrides: l
         (["+sweep=quick", "seed=0,0"], "seeds=[0, 0]"),
         (["+sweep=quick", "extended=[other]"], "other"),
         (["+sweep=nothing"], "quick"),
+        (["+sweep="], "sweep=: there is no such file"),
+        (["seed=a"], "error: seeds=[a]: Value 'a'"),
+        (["--seeds=0"], "use seeds=0"),
+        (["+sweep=quick", "model.attn_backend=sdpa"], "variant selective: attn_backend='sdpa' does not implement"),
         (["variants={}"], "no variants"),
         (["runs=nowhere"], "nowhere"),
     ],
@@ -121,6 +138,17 @@ def test_a_missing_package_is_named_before_any_work(refuses, monkeypatch, overri
     assert f"needs the package {package}; pip install" in said
 
 
+def test_a_device_that_is_not_there_is_named_before_any_work(refuses, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "torch sees no CUDA device" in refuses(train.main, *FAST, "trainer.device=cuda")
+
+
+def test_hydra_prints_as_before_after_a_command(refuses, monkeypatch) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    refuses(train.main, "trainer.steps=many")
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
 def test_ones_own_groups_are_known(tmp_path: Path) -> None:
     (tmp_path / "mine" / "sweep").mkdir(parents=True)
     (tmp_path / "mine" / "sweep" / "windows.yaml").touch()
@@ -129,6 +157,25 @@ def test_ones_own_groups_are_known(tmp_path: Path) -> None:
         compose.check_overrides([*spelled, "+sweep=windows"], schema)
     with pytest.raises(xattn.ConfigError, match="no such file in the group sweep"):
         compose.check_overrides(["+sweep=windows"], schema)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: mine", "begin the file with the line # @package _global_"),
+        ("# @package _global_\nmodel: [1", "while parsing a flow sequence"),
+        ("# @package _global_\nmodel: [1]", "Cannot merge"),
+        ("# @package _global_\nname: ${nowhere}", "key 'nowhere' not found"),
+    ],
+)
+def test_a_file_of_ones_own_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch, capfd, text: str, says: str) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "short.yaml").write_text(text)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    argv = ["--config-dir", str(tmp_path / "mine"), "+experiment=short"]
+    said = refused(train.main, *argv, monkeypatch=monkeypatch, capfd=capfd)
+    assert says in said and len(said.splitlines()) == 1
 
 
 def test_evaluating_again_takes_the_runs_own_tokens_and_lengths(tmp_path: Path) -> None:
@@ -264,6 +311,16 @@ def test_secrets_of_the_environment_never_reach_a_file(tmp_path: Path, monkeypat
     configfile.save_config(config, tmp_path / "config.yaml")
     assert "tr0ub4dor" not in (tmp_path / "config.yaml").read_text()
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["tracking"]["notes"] == "key: <SOME_API_KEY>"
+
+
+@pytest.mark.parametrize("name", ["train", "compare", "eval"])
+def test_help_shows_how_a_command_is_used(name: str, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        {"train": train, "compare": compare, "eval": evaluate}[name].main()
+    first, *rest = capfd.readouterr().out.splitlines()
+    assert exit_.value.code in (0, None) and first.startswith(f"xattn-{name}: ")
+    assert any(line.startswith(f"  xattn-{name} ") for line in rest)
 
 
 def test_cfg_job_shows_the_config_and_trains_nothing(tmp_path: Path) -> None:

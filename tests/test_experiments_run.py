@@ -306,7 +306,7 @@ def test_a_stop_reaches_the_worker_and_no_further_run_is_started(tmp_path: Path)
     )
     with sweep:
         said = [line for line in iter(sweep.stdout.readline, "") if not line.startswith("step ") or sweep.terminate()]
-    assert sweep.returncode in (75, 130), said
+    assert sweep.returncode == 75, said
     assert record.read_result(tmp_path / "sweep" / "0")["status"] == "interrupted"
     assert not (tmp_path / "sweep" / "1").exists()
 
@@ -318,14 +318,20 @@ def main(monkeypatch, *argv: str) -> int:
     return exit_.value.code
 
 
-def test_a_sweep_records_a_job_that_cannot_be_and_goes_on(tmp_path: Path, monkeypatch) -> None:
+def test_a_sweep_records_a_job_that_cannot_be_and_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    fast = ["+debug=fast", "isolate=false", "trainer.steps=2", "trainer.threads=1", "run_dir=sweep"]
+    monkeypatch.setenv("SOME_API_KEY", "tr0ub4dor")
+    fast = ["+debug=fast", "isolate=false", "trainer.steps=2", "trainer.threads=1", "run_dir=sweep", "name=tr0ub4dor"]
     assert main(monkeypatch, "-m", *fast, "model.attn_selective=true", "model.sim_head=0,9,1") == 1
     statuses = [record.read_result(tmp_path / "sweep" / str(i))["status"] for i in range(3)]
     assert statuses == ["completed", "invalid", "completed"]
     given = [record.read_result(tmp_path / "sweep" / str(i))["flags"]["given"]["sim_head"] for i in range(3)]
     assert given == [0, 9, 1]
+    said = capsys.readouterr().out
+    jobs = [line for line in said.splitlines() if line.startswith("[job ")]
+    assert len(jobs) == 3 and "[job 1]" in jobs[1] and "model.sim_head=9" in jobs[1]
+    assert not any("tr0ub4dor" in line for line in jobs)
+    assert said.splitlines()[-1] == "2 of 3 runs completed; compare them: xattn-compare runs=sweep"
 
 
 def test_resume_takes_a_run_directory_and_nothing_else(unbroken: Path, tmp_path: Path, monkeypatch, capsys) -> None:
