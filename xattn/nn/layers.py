@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xattn.cache.cache import Cache
+from xattn.cache.layer import LayerCache
 from xattn.errors import ConfigError
 from xattn.nn.attention import Attention
 from xattn.nn.feedforward import FeedForward
@@ -44,9 +46,9 @@ class Block(nn.Module):
         self.attn = Residual(attention, layers)
         self.ff = Residual(FeedForward(spec.feedforward, dim=layers.dim), layers)
 
-    def forward(self, x_bnm: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """(b n m) -> (b n m)."""
-        return self.ff(self.attn(x_bnm, layout))
+        return self.ff(self.attn(x_bnm, layout, cache))
 
 
 class AttentionLayers(nn.Module):
@@ -93,21 +95,28 @@ class AttentionLayers(nn.Module):
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
         layout: Layout | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """(b n m) -> (b n m).
 
         Args:
             mask: bool (b n), True where there is a token. doc_ids: int (b n), runs of equal ids are documents.
-            layout: the two above already made into a layout; give it instead of them.
+            layout: the two above already made into a layout (by `cache.begin`, with a cache); give it instead of them.
+            cache: the tokens before these, which it takes in; changed in place.
         """
         b, n = sizes({"m": self.spec.dim}, x=(x_bnm, "b n m"))["b"], x_bnm.shape[1]
-        if layout is None:
+        if layout is None and cache is not None:
+            layout = cache.begin(self.spec, b, n, mask=mask, doc_ids=doc_ids)
+        elif layout is None:
             layout = layout_of(b, n, x_bnm, mask=mask, doc_ids=doc_ids)
         elif mask is not None or doc_ids is not None:
             raise ConfigError("layout already says which slots hold tokens; drop mask and doc_ids, or layout")
         again = self.checkpoint_blocks and torch.is_grad_enabled()
-        for block in self.blocks:
-            x_bnm = checkpoint(block, x_bnm, layout, use_reentrant=False) if again else block(x_bnm, layout)
+        stores = [None] * len(self.blocks) if cache is None else cache.layers
+        for block, store in zip(self.blocks, stores, strict=True):
+            x_bnm = checkpoint(block, x_bnm, layout, use_reentrant=False) if again else block(x_bnm, layout, store)
+        if cache is not None:
+            cache.commit()
         return self.final_norm(x_bnm)
 
     def backends(self) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from xattn.cache.cache import Cache
+from xattn.cache.kind import KvBudget
 from xattn.errors import ConfigError, TokenError
 from xattn.generate import generate
 from xattn.nn.layers import AttentionLayers, layout_of
@@ -73,6 +75,7 @@ class TransformerWrapper(nn.Module):
         *,
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        cache: Cache | None = None,
         return_embeddings: bool = False,
         extrapolate: bool = False,
     ) -> Tensor:
@@ -81,18 +84,48 @@ class TransformerWrapper(nn.Module):
         Args:
             ids_bn: int64 (b n). mask: bool (b n), True where there is a token; padding stands left or right.
             doc_ids: int (b n); runs of equal ids are documents, which neither see each other nor share positions.
+            cache: the tokens before these, from `self.cache`; takes these in, in place. Without doc_ids each row's document
+                goes on; with a mask, rows may have had different numbers of tokens.
             extrapolate: let a sequence be longer than max_seq_len; impossible with learned positions.
         Raises:
+            ConfigError: a cache opened for other flags, another batch, dtype or device, or with gradients on.
             TokenError: too long a sequence, or (checked on the CPU) an id outside the vocabulary.
         """
         if ids_bn.ndim != 2:
             raise TokenError(f"ids have shape {tuple(ids_bn.shape)}; they must be (batch, sequence)")
         b, n = ids_bn.shape
-        self.check_length(n, extrapolate=extrapolate)
+        self.check_length(n if cache is None else cache.rows.reach + n, extrapolate=extrapolate)
         self._check_ids(ids_bn)
-        layout = layout_of(b, n, ids_bn, mask=mask, doc_ids=doc_ids)
-        x_bnm = self.attn_layers(self._embed(ids_bn, layout), layout=layout)
+        if cache is None:
+            layout = layout_of(b, n, ids_bn, mask=mask, doc_ids=doc_ids)
+        else:
+            layout = cache.begin(self.spec.layers, b, n, mask=mask, doc_ids=doc_ids)
+        x_bnm = self.attn_layers(self._embed(ids_bn, layout), layout=layout, cache=cache)
         return x_bnm if return_embeddings else linear(x_bnm, self.head_vm)
+
+    def cache(
+        self,
+        batch: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+        kv_budget: KvBudget = None,
+        rollback: int = 0,
+        max_len: int | None = None,
+    ) -> Cache:
+        """An empty cache of this model for `model(ids, cache=cache)`; see `xattn.cache.Cache`.
+
+        Args:
+            dtype: of keys and values (default: the parameters', or autocast's where it is on).
+            kv_budget: keys that selective layers keep; a fraction is one of max_len, or of the model's max_seq_len.
+        """
+        weight = self.head_vm
+        if dtype is None:
+            kind = weight.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return Cache(
+            self.spec.layers, batch, dtype=dtype, device=weight.device, kv_budget=kv_budget, rollback=rollback, max_len=max_len,
+            full_len=max_len if max_len is not None else self.spec.max_seq_len,
+        )  # fmt: skip
 
     def _embed(self, ids_bn: Tensor, layout: Layout) -> Tensor:
         x_bnm = self.token_emb(ids_bn)
