@@ -82,19 +82,26 @@ class Cache:
 
     # one call
 
-    def begin(self, spec: LayersSpec, batch: int, n: int, *, mask: Tensor | None = None, doc_ids: Tensor | None = None) -> Layout:
-        """Where the next n slots of a model of these layers stand.
+    def begin(
+        self, spec: LayersSpec, like: Tensor, *, dtype: torch.dtype, mask: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Layout:
+        """Where the next slots of a model of these layers stand: as many, in as many rows, as `like` (b n ...) has.
 
         Raises:
-            ConfigError: layers or a batch it was not opened for, or a call before that did not end. TokenError: beyond max_len.
+            ConfigError: layers, a batch, dtype or device it was not opened for, gradients, or a call before that did not end.
+            TokenError: no token, or beyond max_len.
         """
+        batch, n = like.shape[:2]
         self._refuse_unfinished()
         if n < 1:
             raise TokenError("a call with a cache needs one token or more")
         if spec is not self.spec and spec != self.spec:
             raise ConfigError("the cache was opened for other flags than this model has; open one with model.cache(...)")
         if batch != self.batch:
-            raise ConfigError(f"the cache was opened for batch={self.batch}, and the ids have {batch} rows")
+            raise ConfigError(f"the cache was opened for batch={self.batch}, and this call has {batch} rows")
+        for name, had, got in (("dtype", self.dtype, dtype), ("device", self.device, like.device)):
+            if had != got:
+                raise ConfigError(f"the cache was opened with {name}={had}, and this call has {got}; open one that fits")
         if torch.is_grad_enabled():
             raise ConfigError("a cache keeps no gradients; call the model under torch.no_grad() or torch.inference_mode()")
         chunk = self.rows.read(n, device=self.device, mask=mask, doc_ids=doc_ids)

@@ -12,7 +12,6 @@ from torch import Tensor
 from xattn.cache.kind import Kind
 from xattn.cache.rows import Chunk
 from xattn.cache.slots import Place, Slots, grown
-from xattn.errors import ConfigError
 from xattn.ops.layout import Layout
 from xattn.spec.model import AttentionSpec
 
@@ -58,7 +57,6 @@ class LayerCache:
 
     def extend(self, k_bgnd: Tensor, v_bgnd: Tensor) -> View:
         """The view for a call's queries, given its own keys and values, which enter the storage now or in `retain`."""
-        self._check(k_bgnd)
         self._grow(self.slots.capacity)
         chunk, slots = self._chunk, self.slots
         self._new = (k_bgnd, v_bgnd)
@@ -92,11 +90,6 @@ class LayerCache:
         new.k_bgsd, new.v_bgsd = self.k_bgsd[index], self.v_bgsd[index]
         new.votes_bus = None if self.votes_bus is None else self.votes_bus[index]
         return new
-
-    def _check(self, k_bgnd: Tensor) -> None:
-        for name, had, got in (("dtype", self.k_bgsd.dtype, k_bgnd.dtype), ("device", self.k_bgsd.device, k_bgnd.device)):
-            if had != got:
-                raise ConfigError(f"the cache was opened with {name} {had} and the model's keys have {got}; open one with {name}={got}")
 
     def _grow(self, capacity: int) -> None:
         if capacity > self.k_bgsd.shape[2]:

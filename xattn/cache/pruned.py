@@ -40,7 +40,6 @@ class PrunedLayer(LayerCache):
 
     def extend(self, k_bgnd: Tensor, v_bgnd: Tensor) -> View:
         """The view of the keys held and the call's own, after making room for one."""
-        self._check(k_bgnd)
         chunk, slots = self._chunk, self.slots
         held = self.kind.held(chunk.start.longest)
         self._new = (k_bgnd, v_bgnd)

@@ -106,7 +106,7 @@ class AttentionLayers(nn.Module):
         """
         b, n = sizes({"m": self.spec.dim}, x=(x_bnm, "b n m"))["b"], x_bnm.shape[1]
         if layout is None and cache is not None:
-            layout = cache.begin(self.spec, b, n, mask=mask, doc_ids=doc_ids)
+            layout = cache.begin(self.spec, x_bnm, dtype=self.key_dtype, mask=mask, doc_ids=doc_ids)
         elif layout is None:
             layout = layout_of(b, n, x_bnm, mask=mask, doc_ids=doc_ids)
         elif mask is not None or doc_ids is not None:
@@ -118,6 +118,13 @@ class AttentionLayers(nn.Module):
         if cache is not None:
             cache.commit()
         return self.final_norm(x_bnm)
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        """The dtype that keys and values have now: the weights', or autocast's where it is on."""
+        weight = self.blocks[0].attn.branch.to_v.weight
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
     def backends(self) -> list[dict[str, Any]]:
         """One row a layer, for the device that the model is on now: layer, flags, backend, packed, and rejected.

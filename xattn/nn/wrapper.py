@@ -99,7 +99,7 @@ class TransformerWrapper(nn.Module):
         if cache is None:
             layout = layout_of(b, n, ids_bn, mask=mask, doc_ids=doc_ids)
         else:
-            layout = cache.begin(self.spec.layers, b, n, mask=mask, doc_ids=doc_ids)
+            layout = cache.begin(self.spec.layers, ids_bn, dtype=self.attn_layers.key_dtype, mask=mask, doc_ids=doc_ids)
         x_bnm = self.attn_layers(self._embed(ids_bn, layout), layout=layout, cache=cache)
         return x_bnm if return_embeddings else linear(x_bnm, self.head_vm)
 
@@ -118,12 +118,9 @@ class TransformerWrapper(nn.Module):
             dtype: of keys and values (default: the parameters', or autocast's where it is on).
             kv_budget: keys that selective layers keep; a fraction is one of max_len, or of the model's max_seq_len.
         """
-        weight = self.head_vm
-        if dtype is None:
-            kind = weight.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         return Cache(
-            self.spec.layers, batch, dtype=dtype, device=weight.device, kv_budget=kv_budget, rollback=rollback, max_len=max_len,
+            self.spec.layers, batch, dtype=self.attn_layers.key_dtype if dtype is None else dtype, device=self.head_vm.device,
+            kv_budget=kv_budget, rollback=rollback, max_len=max_len,
             full_len=max_len if max_len is not None else self.spec.max_seq_len,
         )  # fmt: skip
 
