@@ -19,7 +19,6 @@ from xattn.ops.reference import reference
 from xattn.spec.model import AttentionSpec
 
 
-
 def greedy(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor | None, budget: int) -> tuple[Tensor, list[Any]]:
     """The rule of the paper in plain Python lists, one row and one token after the other: (out, keys kept by row)."""
     batch, n = q.shape[0], q.shape[2]

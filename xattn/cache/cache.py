@@ -129,7 +129,7 @@ class Cache:
 
     def _refuse_unfinished(self) -> None:
         if self._chunk is not None:
-            raise ConfigError("the last call with this cache failed midway and left it half written; go on from a clone() made before")
+            raise ConfigError("the last call with this cache failed midway and left it half written; go on from an earlier clone()")
 
     # between calls
 
@@ -185,7 +185,8 @@ class Cache:
         def refuse(bad_b: Tensor, why: str) -> None:
             if bool(bad_b.any()):
                 row = int(bad_b.long().argmax())
-                raise ConfigError(f"row {row} has had {int(self.rows.count_b[row])} tokens and cannot go to {int(length_b[row])}: {why}")
+                had, wanted = int(self.rows.count_b[row]), int(length_b[row])
+                raise ConfigError(f"row {row} has had {had} tokens and cannot go back to {wanted}: {why}")
 
         rows, cure = self.rows, f"open the cache with a larger rollback (it is {self.rollback})"
         refuse(back_b < 0, "crop only takes tokens back")

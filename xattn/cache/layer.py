@@ -29,7 +29,9 @@ class View:
 class LayerCache:
     """One layer's storage. carry_rows: of how many of a call's last queries `retain` wants the votes after."""
 
-    def __init__(self, kind: Kind, attn: AttentionSpec, slots: Slots, *, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, kind: Kind, attn: AttentionSpec, slots: Slots, *, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.kind, self.slots = kind, slots
         shape = (batch, attn.kv_heads, 0, attn.dim_head)
         self.k_bgsd, self.v_bgsd = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))

@@ -139,7 +139,8 @@ class Rows:
             same_b = begun_b & ~self.gap_b & token_bn[:, 0] & (ids_bn[:, 0] == self.id_b)
             # runs of this chunk, counted from the document that the row is in
             doc_bn = self.doc_b[:, None] + run_bn - run_bn.gather(1, first_b1) + (begun_b & ~same_b).long()[:, None]
-            pos_bn = torch.where(token_bn & (doc_bn == self.doc_b[:, None]) & same_b[:, None], pos_bn + self.next_b[:, None], pos_bn)
+            goes_on_bn = token_bn & same_b[:, None] & (doc_bn == self.doc_b[:, None])
+            pos_bn = torch.where(goes_on_bn, pos_bn + self.next_b[:, None], pos_bn)
             end.doc_b = torch.where(some_b, doc_bn.gather(1, last_b1)[:, 0], self.doc_b)
             end.id_b = torch.where(some_b, ids_bn.gather(1, last_b1)[:, 0], self.id_b)
         end.next_b = torch.where(some_b, pos_bn.gather(1, last_b1)[:, 0] + 1, self.next_b)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from xattn.cache.kind import keys_are_turned
 from xattn.cache.layer import LayerCache
@@ -13,6 +14,7 @@ from xattn.nn.norm import norm
 from xattn.ops.attention import attend
 from xattn.ops.backends import choose
 from xattn.ops.layout import Layout
+from xattn.ops.memory import live_keys
 from xattn.ops.rotary import turned
 from xattn.spec.model import AttentionSpec
 from xattn.spec.positions import NoPositions
@@ -53,6 +55,17 @@ class Attention(nn.Module):
         else:
             out_bhid = self._go_on(q_bhid, k_bgjd, v_bgjd, layout, cache)
         return self.to_out(rearrange(out_bhid, "b h i d -> b i (h d)"))
+
+    def live_keys(self, x_bnm: Tensor, layout: Layout) -> Tensor:
+        """The most keys that any query of a row needs (b,), by the votes of the selecting head; see `xattn.ops.memory`."""
+        spec, head = self.spec, self.spec.selection.sim_head
+        group = head * spec.kv_heads // spec.heads
+        q_bid, k_bjd = (
+            linear(x_bnm, rearrange(to.weight, "(h d) m -> h d m", d=spec.dim_head)[at])
+            for to, at in ((self.to_q, head), (self.to_k, group))
+        )
+        dtype = k_bjd.dtype
+        return live_keys(self.q_norm(q_bid).to(dtype), self.k_norm(k_bjd).to(dtype), spec=spec, layout=layout)
 
     def _extras(self) -> dict[str, Any]:
         return {"sink_logits_h": self.sink_logits, "training": self.training, "backend": self.attn_backend}

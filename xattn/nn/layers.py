@@ -1,5 +1,6 @@
 """Blocks and stacks: `Decoder` (causal) and `Encoder`, built from flags or from a spec."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -46,9 +47,12 @@ class Block(nn.Module):
         self.attn = Residual(attention, layers)
         self.ff = Residual(FeedForward(spec.feedforward, dim=layers.dim), layers)
 
-    def forward(self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(b n m) -> (b n m)."""
-        return self.ff(self.attn(x_bnm, layout, cache))
+    def forward(
+        self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None, *, count_live: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(b n m) -> (b n m), and with count_live the keys that selective attention still needs (b,)."""
+        out_bnm = self.ff(self.attn(x_bnm, layout, cache))
+        return (out_bnm, self.attn.branch.live_keys(self.attn.pre_norm(x_bnm), layout)) if count_live else out_bnm
 
 
 class AttentionLayers(nn.Module):
@@ -96,13 +100,15 @@ class AttentionLayers(nn.Module):
         doc_ids: Tensor | None = None,
         layout: Layout | None = None,
         cache: Cache | None = None,
-    ) -> Tensor:
+        return_live: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(b n m) -> (b n m).
 
         Args:
             mask: bool (b n), True where there is a token. doc_ids: int (b n), runs of equal ids are documents.
             layout: the two above already made into a layout (by `cache.begin`, with a cache); give it instead of them.
             cache: the tokens before these, which it takes in; changed in place.
+            return_live: also return the share of a row's tokens (b,) that selective layers still need as keys, on average.
         """
         b, n = sizes({"m": self.spec.dim}, x=(x_bnm, "b n m"))["b"], x_bnm.shape[1]
         if layout is None and cache is not None:
@@ -113,11 +119,22 @@ class AttentionLayers(nn.Module):
             raise ConfigError("layout already says which slots hold tokens; drop mask and doc_ids, or layout")
         again = self.checkpoint_blocks and torch.is_grad_enabled()
         stores = [None] * len(self.blocks) if cache is None else cache.layers
-        for block, store in zip(self.blocks, stores, strict=True):
-            x_bnm = checkpoint(block, x_bnm, layout, use_reentrant=False) if again else block(x_bnm, layout, store)
+        live: list[Tensor] = []
+        for block, spec, store in zip(self.blocks, self.spec.blocks, stores, strict=True):
+            count = return_live and spec.attention.selection is not None
+            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            x_bnm = run(x_bnm, layout, store, count_live=count)
+            if count:
+                x_bnm, live_b = x_bnm
+                live.append(live_b)
         if cache is not None:
             cache.commit()
-        return self.final_norm(x_bnm)
+        x_bnm = self.final_norm(x_bnm)
+        if not return_live:
+            return x_bnm
+        if not live:
+            raise ConfigError("return_live counts the keys of selective layers, and no layer has attn_selective")
+        return x_bnm, torch.stack(live).mean(dim=0) / (layout.pos_bn >= 0).sum(dim=1).clamp(min=1)
 
     @property
     def key_dtype(self) -> torch.dtype:
