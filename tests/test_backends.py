@@ -286,7 +286,12 @@ def test_gradients_reach_exactly_the_keys_in_sight(backend: Backend, case: Case,
     for i in (0, 4, 11, 18, 23, N - 1):
         (grad,) = torch.autograd.grad(out[:, :, i].sum(), v, retain_graph=True)
         reached = grad[:, :, seat.key_slots].abs().sum(dim=(1, 3)) > 0
-        assert reached.equal(allowed.expand(BATCH, -1, -1)[:, i]), f"row {i}"
+        sight = allowed.expand(BATCH, -1, -1)[:, i]
+        if case.flags.get("selection_skip"):
+            # which keys are masked besides is for the numbers to say: test_reference.py
+            assert bool(reached.any()) and not bool((reached & ~sight).any()), f"row {i}"
+        else:
+            assert reached.equal(sight), f"row {i}"
 
 
 # The plans of sdpa

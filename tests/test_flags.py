@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xattn.errors import ConfigError
@@ -195,8 +195,9 @@ def test_none_means_not_given() -> None:
 
 def test_every_alias_is_its_flag() -> None:
     values = {"logit_softcap": 5.0, "sliding_window": 8, "sink_tokens": 2, "sim_head": 3, "sink_logits": True,
-              "heads": 6, "kv_heads": 2, "dim_head": 16, "qk_rmsnorm": True}  # fmt: skip
-    needs = {"sink_tokens": {"sliding_window": 8}, "sim_head": {"attn_selective": True}}
+              "heads": 6, "kv_heads": 2, "dim_head": 16, "qk_rmsnorm": True, "selection_skip": 20.0}  # fmt: skip
+    needs = {"sink_tokens": {"sliding_window": 8}, "sim_head": {"attn_selective": True},
+             "selection_skip": {"attn_selective": True}}  # fmt: skip
     aliased = {name: flag.aliases for name, flag in flag_table().items() if flag.aliases}
     assert aliased.keys() <= values.keys(), "an alias without a value here"
     for name, aliases in aliased.items():
@@ -310,6 +311,7 @@ def layer_flags(draw: st.DrawFn, causal: bool) -> dict[str, Any]:
         f["attn_selective"] = maybe(st.booleans(), 2)
         if f["attn_selective"]:
             f["sim_head"] = maybe(st.integers(0, heads - 1), 2)
+            f["selection_skip"] = maybe(st.sampled_from([20.0, 3, "bound"]), 2)
     f["rotary_pos_emb"] = maybe(st.booleans(), 2)
     if f["rotary_pos_emb"]:
         f["rotary_base"] = maybe(st.sampled_from([10000.0, 500.0, 1000000]))
@@ -415,6 +417,7 @@ def test_round_trips_cover_every_flag() -> None:
     """A new flag needs a strategy above."""
     seen: set[str] = set()
 
+    @settings(max_examples=300)
     @given(model_flags())
     def collect(drawn: tuple[dict, list[dict]]) -> None:
         seen.update(drawn[0], *drawn[1])

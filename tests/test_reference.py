@@ -130,8 +130,9 @@ def attention_by_hand(
     at_j: list[Token],
     flags: dict[str, Any],
     causal: bool,
+    limit: float,
 ) -> list[list[list[float]]]:
-    """out[h][i] of one row of a batch, from q[h][i], k[g][j] and v[g][j]."""
+    """out[h][i] of one row of a batch, from q[h][i], k[g][j] and v[g][j]; keys whose penalty reaches the limit are masked."""
     heads, shared = len(q), len(q) // len(k)
     thetas = angles(flags, len(q[0][0]))
     pairs = [(i, j) for i, a in enumerate(at_i) for j, c in enumerate(at_j) if visible(a, c, flags, causal)]
@@ -145,17 +146,30 @@ def attention_by_hand(
                 continue
             voters = [m for m, c in pairs if c == j and at_j[j] < at_i[m] < at_i[i]]
             penalty[i, j] = sum(max(votes[m, j], 0.0) for m in voters)
+    forgotten = {at for at in pairs if penalty[at] >= limit}
     out = []
     for h in range(heads):
         rows = []
         for i in range(len(at_i)):
-            seen = {j: z[h][i, j] - penalty[i, j] for a, j in pairs if a == i}
+            seen = {j: z[h][i, j] - penalty[i, j] for a, j in pairs if a == i and (a, j) not in forgotten}
             total = sum(math.exp(x) for x in seen.values()) + (0.0 if sinks is None else math.exp(sinks[h]))
             rows.append([
                 sum(math.exp(x) / total * v[h // shared][j][d] for j, x in seen.items()) for d in range(len(v[0][0]))
             ])  # fmt: skip
         out.append(rows)
     return out
+
+
+def forgotten_from(q: list, k: list, flags: dict[str, Any]) -> float:
+    """The penalty at which selection_skip masks a key: "bound" follows from the longest query and key of the whole batch."""
+    skip = flags.get("selection_skip")
+    if skip != "bound":
+        return math.inf if skip is None else skip
+
+    def longest(rows: list) -> float:
+        return max(math.hypot(*x) for b in rows for head in b for x in head)
+
+    return 2 * longest(q) * longest(k) / math.sqrt(len(q[0][0][0])) + math.log(len(k[0][0])) + 10
 
 
 def run_reference(spec: AttentionSpec, given: dict[str, Tensor], at_i: Layout, at_j: Layout | None = None) -> Tensor:
@@ -172,12 +186,13 @@ def test_reference_equals_the_papers_formulas(case: Case, seating: str) -> None:
     given = seat.take(tensors(case.spec, 17))
     flags = SIZES | case.flags
     got = run_reference(case.spec, given, *seat.layouts())
+    limit = forgotten_from(given["q"].tolist(), given["k"].tolist(), flags)
     for b in range(got.shape[0]):
         tokens = tokens_of(seat, b)
         q, k, v = (given[name][b].tolist() for name in ("q", "k", "v"))
         sinks = given["sink_logits"].tolist() if "sink_logits" in given else None
         keys = [tokens[s] for s in seat.key_slots]
-        want = attention_by_hand(q, k, v, sinks, tokens[seat.first_query :], keys, flags, case.causal)
+        want = attention_by_hand(q, k, v, sinks, tokens[seat.first_query :], keys, flags, case.causal, limit)
         assert_exact(got[b], torch.tensor(want, dtype=torch.float64))
 
 

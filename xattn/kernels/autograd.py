@@ -13,7 +13,6 @@ _OPTIONS = tuple(f.name for f in fields(Options))
 _LEARNED = ("q", "k", "v", "far_q", "ahead_q", "far_k", "sink")
 
 
-
 def _run(what, given, *results):
     """Call run_forward or run_backward on the operator's flat arguments."""
     inputs = Inputs(**dict(zip(_TENSORS, given, strict=False)))
@@ -57,8 +56,8 @@ def _attention_backward(
     sinks: int, cap: float, near: int, group: int, sim_head: int, scale: float, scratch_bytes: int,
 ) -> list[Tensor]:  # fmt: skip
     return _backward(
-        out, lse, carry, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, slopes, dead, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j,
-        causal, window, sinks, cap, near, group, sim_head, scale, scratch_bytes,
+        out, lse, carry, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, slopes, dead, pos_i, pos_j, doc_i, doc_j, walk_i,
+        walk_j, causal, window, sinks, cap, near, group, sim_head, scale, scratch_bytes,
     )  # fmt: skip
 
 

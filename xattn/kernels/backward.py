@@ -2,7 +2,7 @@
 
 With A the weights and S the logits: dA = dO V^T, dS = A * (dA - delta), delta_i = dO_i . O_i, and dS goes back through
 the score stage into dQ and dK. Selective attention subtracts F from the logits of every head, so dF = -sum over heads of
-dS: the dQ kernel leaves it, one slice for each pair of heads, and the dK/dV kernel leaves the column sums of dS.
+dS: the dQ kernel leaves dS summed over each pair of heads (a slice), and the dK/dV kernel leaves its column sums.
 """
 
 import triton
@@ -192,11 +192,23 @@ def sum_columns(
     tl.store(sum_ptr + b * sum_b + seg * sum_t + c * 64 + j, tl.sum(total, 0))
 
 
+@triton.jit(do_not_specialize=["segments"])
+def sum_after(sum_ptr, sum_b, sum_t, segments):
+    """In place: sums of dS over each segment (b segments c) become sums of dF = -dS over the segments after it; 64 columns."""
+    at = sum_ptr + tl.program_id(1).to(tl.int64) * sum_b + tl.program_id(0) * 64 + tl.arange(0, 64)
+    total = tl.zeros([64], tl.float32)
+    for back in range(0, segments):
+        here = at + (segments - 1 - back) * sum_t
+        more = tl.load(here)
+        tl.store(here, total)
+        total -= more
+
+
 @triton.jit
 def _dq_head(
-    state, dpenalty_ij, head, i_at, keys, k_j, v_j, j0, penalty_ij, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
+    state, head, i_at, keys, k_j, v_j, j0, penalty_ij, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
-    """What one tile of keys adds to dQ of one head, and to dF, as tiles [i, j]."""
+    """What one tile of keys adds to dQ of one head, and dS before the soft cap's derivative, as tiles [i, j]."""
     BJ: tl.constexpr = P.block_j
     dq, far_dq, ahead_dq = state
     q, dout_id, lse_i, delta_i, slope = head
@@ -222,8 +234,7 @@ def _dq_head(
     if MASK:
         attn_ij = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), attn_ij, 0.0)
     dsim_ij = attn_ij * (tl.dot(dout_id, tl.trans(v_jd), input_precision="ieee") - delta_i[:, None])
-    if P.select:
-        dpenalty_ij -= dsim_ij
+    given_ij = dsim_ij
     if P.softcap:
         dsim_ij = dsim_ij * change_ij
     if ZONE == NEAR:
@@ -240,7 +251,7 @@ def _dq_head(
             ahead_dq = tl.dot(part, far_k_jd, ahead_dq, input_precision="ieee")
         dq = tl.dot(tl.where(near, dsim_ij, 0.0).to(k_jd.dtype), k_jd, dq, input_precision="ieee")
         far_dq = tl.dot(tl.where(far, dsim_ij, 0.0).to(far_k_jd.dtype), far_k_jd, far_dq, input_precision="ieee")
-    return dq, far_dq, ahead_dq, dpenalty_ij
+    return dq, far_dq, ahead_dq, given_ij
 
 
 @triton.jit
@@ -249,24 +260,23 @@ def _dq_step(
     MASK: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys for the program's one or two heads."""
-    BI: tl.constexpr = P.block_i
-    BJ: tl.constexpr = P.block_j
     scratch_ptr, slice_ptr = scratch
     dq, far_dq, ahead_dq = state
     penalty_ij = 0.0
-    dpenalty_ij = 0.0
     if P.select:
         penalty_ij = penalty(scratch_ptr, i_at[2], j0 // 64, n, False, P)
-        dpenalty_ij = tl.zeros([BI, BJ], tl.float32)
-    dq, far_dq, ahead_dq, dpenalty_ij = _dq_head(
-        (dq, far_dq, ahead_dq), dpenalty_ij, first, i_at, first_keys, k_j, v_j, j0, penalty_ij, n, ZONE, MASK, P
+    dq, far_dq, ahead_dq, dsim_ij = _dq_head(
+        (dq, far_dq, ahead_dq), first, i_at, first_keys, k_j, v_j, j0, penalty_ij, n, ZONE, MASK, P
     )  # fmt: skip
     if P.pair == 2:
-        other_dq, far_dq, ahead_dq, dpenalty_ij = _dq_head(
-            (other_dq, far_dq, ahead_dq), dpenalty_ij, second, i_at, second_keys, k_j, v_j, j0, penalty_ij, n, ZONE, MASK, P
+        # as it went into dQ: 16 bits wait in half the registers
+        waiting_ij = dsim_ij.to(slice_ptr.dtype.element_ty)
+        other_dq, far_dq, ahead_dq, dsim_ij = _dq_head(
+            (other_dq, far_dq, ahead_dq), second, i_at, second_keys, k_j, v_j, j0, penalty_ij, n, ZONE, MASK, P
         )  # fmt: skip
+        dsim_ij += waiting_ij.to(tl.float32)
     if P.select:
-        put_by_queries(slice_ptr, dpenalty_ij, i_at[2], j0 // 64, n, MASK, P)
+        put_by_queries(slice_ptr, dsim_ij, i_at[2], j0 // 64, n, MASK, P)
     return dq, far_dq, ahead_dq, other_dq
 
 
@@ -301,7 +311,7 @@ def find_dq(
     pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, dout_b, dout_h, dout_i,
     dq_part, dq_b, dq_h, dq_i, dq_first, scratch_b, slice_stride, live_b, first_block, n, P: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dF.
+    """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dS.
 
     Axis 1 of the grid shares out a block's keys; each program then leaves its part of dQ, dq_part apart.
     """

@@ -13,7 +13,7 @@ class Parts(NamedTuple):
     threshold are dead, and blocks of them are not visited. band: selection's scratch holds a band beside the diagonal (a
     window without sinks). stored: positions are read, else slot i holds token i. group: query heads that share a key head.
     exact: votes are summed in float32 throughout. even: lengths are multiples of 128, so no tile is ragged. warps: of the
-    launch. pair: query heads that one program of the dQ kernel takes (they share F); slices: of dF, one a pair.
+    launch. pair: query heads that one program of the dQ kernel takes (they share F); slices: of dS, one a pair.
     """
 
     causal: bool

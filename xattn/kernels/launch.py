@@ -129,6 +129,9 @@ class _Call:
     def tile(self, kernel: str) -> tuple[Tile, Parts, dict[str, int]]:
         """A kernel's tile, its structure, and how it is launched."""
         t = tile(kernel, window=self.parts.window, **self.size)
+        if self.parts.skip and kernel != "dkdv":
+            # keys are dead or alive in blocks of 64
+            t = t._replace(block_j=64)
         parts = self.parts._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps)
         return t, parts, {"num_warps": t.warps, "num_stages": t.stages}
 
@@ -202,9 +205,8 @@ class _Call:
     def _count(self) -> Tensor:
         n, columns = self.n, self.n.blocks * 64
         part = torch.empty(n.batch, self.segments + 1, columns, device=self.x.q.device, dtype=torch.float32)
-        part[:, 0].zero_()
         selection.count_votes[(n.blocks, self.segments, n.batch)](
-            *self.selecting, part[:, 1:], *self.by_key, *self.selecting_strides, part.stride(0), part.stride(1), self.o.sim_head,
+            *self.selecting, part, *self.by_key, *self.selecting_strides, part.stride(0), part.stride(1), self.o.sim_head,
             n, SEG=self.segment, P=self.parts, **self.small("fill"),
         )  # fmt: skip
         return part.cumsum(dim=1)
@@ -304,11 +306,12 @@ def run_backward(
         suffix = torch.empty(b, call.segments, n.blocks * 64, device=x.q.device, dtype=torch.float32)
         for first, last in call.chunks(4096 * call.penalty_dtype.itemsize, by_keys=True):
             scratch = call.fill(carry, first, last, by_keys=True)
-            suffix[:, :, first * 64 : last * 64] = _dkdv(call, grads, scratch, first, last, lse, delta, dout)
+            _dkdv(call, grads, scratch, first, last, lse, delta, dout, suffix[:, :, first * 64 : last * 64])
             del scratch
+        backward.sum_after[(n.blocks, b)](suffix, suffix.stride(0), suffix.stride(1), call.segments, num_warps=2)
         _dq_and_selection(call, grads, carry, suffix, lse, delta, dout)
     else:
-        _dkdv(call, grads, x.q, 0, n.blocks, lse, delta, dout)
+        _dkdv(call, grads, x.q, 0, n.blocks, lse, delta, dout, None)
         into = {name: grads[name][None] for name in ("q", "far_q", "ahead_q") if name in grads}
         _dq(call, into, x.q, x.q, 0, n.blocks, lse, delta, dout)
     if x.sink is not None:
@@ -319,9 +322,10 @@ def run_backward(
 
 
 def _dkdv(
-    call: _Call, grads: dict[str, Tensor], scratch: Tensor, first: int, last: int, lse: Tensor, delta: Tensor, dout: Tensor
-) -> Tensor | None:
-    """dK, dV of the keys of blocks first to last; with selection, the sums of dF over the segments after each (b t c)."""
+    call: _Call, grads: dict[str, Tensor], scratch: Tensor, first: int, last: int, lse: Tensor, delta: Tensor, dout: Tensor,
+    sums: Tensor | None,
+) -> None:  # fmt: skip
+    """dK, dV of the keys of blocks first to last; with selection, the column sums of dS of each segment (b t c)."""
     x, n = call.x, call.n
     t, parts, how = call.tile("dkdv")
     b, h, columns = n.batch, n.heads, (last - first) * 64
@@ -338,16 +342,11 @@ def _dkdv(
         dk), dv, *call.by_key, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3],
         scratch.stride(1) if parts.select else 0, *strides, first * 64 // t.block_j, n._replace(first=first), P=parts, **how,
     )  # fmt: skip
-    if not parts.select:
-        return None
-    sums = torch.empty(b, call.segments, columns, device=x.q.device, dtype=torch.float32)
-    backward.sum_columns[(last - first, call.segments, b)](
-        column, sums, call.last, call.by_key[4], call.by_key[7], *strides, sums.stride(0), sums.stride(1), first, n,
-        SEG=call.segment, P=parts, num_warps=4,
-    )  # fmt: skip
-    after = sums.flip(1).cumsum(dim=1).flip(1)
-    # dF is minus dS; a segment starts from the segments after it
-    return torch.cat([after[:, 1:], torch.zeros_like(after[:, :1])], dim=1).neg_()
+    if parts.select:
+        backward.sum_columns[(last - first, call.segments, b)](
+            column, sums, call.last, call.by_key[4], call.by_key[7], *strides, sums.stride(0), sums.stride(1), first, n,
+            SEG=call.segment, P=parts, num_warps=4,
+        )  # fmt: skip
 
 
 def _dq(
@@ -379,7 +378,7 @@ def _pair(call: _Call) -> int:
 def _dq_and_selection(
     call: _Call, grads: dict[str, Tensor], carry: Tensor, suffix: Tensor, lse: Tensor, delta: Tensor, dout: Tensor
 ) -> None:
-    """dQ by chunks of queries, with the slices of dF, and from them what the selecting head gets."""
+    """dQ by chunks of queries, with the slices of dS, and from them what the selecting head gets."""
     x, n, parts = call.x, call.n, call.parts
     s = call.o.sim_head
     slices_count = n.heads // _pair(call)

@@ -31,8 +31,10 @@ def _keys(k_ptr, far_k_ptr, k_j, pos_ptr, doc_ptr, kb, n, P: tl.constexpr):
 
 
 @triton.jit
-def _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, qb, n, TRANSPOSED: tl.constexpr, P: tl.constexpr):
-    """Logits of the selecting head after the score stage, their derivative, the pairs allowed, and both positions."""
+def _tile(
+    q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, qb, n, TRANSPOSED: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """Votes of one tile, the derivative of the logits that cast them, and the pairs allowed (True where not MASK)."""
     k_jd, far_k_jd, pos_j, doc_j = key
     i0 = qb * 64
     row = tl.arange(0, 64)
@@ -49,7 +51,22 @@ def _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, qb, n, TRANSPOSED
     ZONE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     sim = logits((q_id, far_q_id, far_q_id), (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, TRANSPOSED, P)
     sim, change = modify(sim, pos_i, pos_j, slope, n, P)
-    return sim, change, allowed(pos_i, pos_j, doc_i, doc_j, n, P), pos_i, pos_j
+    if MASK:
+        ok = allowed(pos_i, pos_j, doc_i, doc_j, n, P)
+        cast = votes(sim, ok & (pos_i != pos_j), pos_j)
+    else:
+        ok = True
+        cast = votes(sim, True, pos_j)
+    return cast, change, ok
+
+
+@triton.jit
+def _unmasked_from(kb, t_lo, t_hi, P: tl.constexpr):
+    """The first of a segment's tiles from which on every query sees every key of the block."""
+    at = t_hi
+    if not P.window and not P.stored:
+        at = tl.minimum(tl.maximum(t_lo, kb + 1), t_hi)
+    return at
 
 
 @triton.jit
@@ -67,7 +84,7 @@ def count_votes(
     q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, part_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr,
     pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, part_b, part_s, head, n, SEG: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Votes of each segment of queries against each key, (b segments j) float32. Pointers are the selecting head's."""
+    """Votes of the segment of queries before each against each key, (b 1+segments j) float32; q, k are the selecting head's."""
     kb, seg, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     pos_ptr, doc_ptr = pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b
     key = _keys(
@@ -79,12 +96,19 @@ def count_votes(
     total = tl.zeros([64], tl.float32)
     walk = queries_of(kb, walk_ptr + b * walk_b, n, P)
     t_lo, t_hi = tl.maximum(seg * SEG, walk[2] // 64), tl.minimum((seg + 1) * SEG, (walk[7] + 63) // 64)
-    for t in range(t_lo, t_hi):
-        sim, _, ok, pos_i, pos_j = _tile(
-            q_ptr + b * q_b, far_q_ptr + b * q_b, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, P
-        )  # fmt: skip
-        total += tl.sum(votes(sim, ok, pos_i, pos_j), 1)
-    tl.store(part_ptr + b * part_b + tl.cast(seg, tl.int64) * part_s + kb * 64 + tl.arange(0, 64), total)
+    q_ptr += b * q_b
+    far_q_ptr += b * q_b
+    inside = _unmasked_from(kb, t_lo, t_hi, P)
+    for t in range(t_lo, inside):
+        cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, True, P)
+        total += tl.sum(cast, 1)
+    for t in range(inside, t_hi):
+        cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, False, P)
+        total += tl.sum(cast, 1)
+    at = part_ptr + b * part_b + tl.cast(seg, tl.int64) * part_s + kb * 64 + tl.arange(0, 64)
+    tl.store(at + part_s, total)
+    if seg == 0:
+        tl.store(at, tl.zeros([64], tl.float32))
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -109,32 +133,30 @@ def find_live(
 
 
 @triton.jit
-def _sum_before(x, AXIS: tl.constexpr, P: tl.constexpr):
-    """Exclusive running sums down the queries of a 64 x 64 tile (axis 0, or 1 when it lies the other way)."""
+def _fill_step(
+    carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, scratch_ptr, n, BY_KEYS: tl.constexpr, MASK: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """F of one tile, and the carry after it."""
+    cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, MASK, P)
     i = tl.arange(0, 64)
-    if AXIS == 0:
-        ones = tl.where(i[:, None] > i[None, :], 1.0, 0.0)
-    else:
-        ones = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
-    return _apply(ones, x, AXIS, P)
-
-
-@triton.jit
-def _apply(ones, x, AXIS: tl.constexpr, P: tl.constexpr):
-    """ones @ x (axis 0) or x @ ones, in float32; two halves of bfloat16 carry 16 bits of x through the matrix unit."""
-    if P.exact:
-        if AXIS == 0:
-            y = tl.dot(ones, x, input_precision="ieee")
-        else:
-            y = tl.dot(x, ones, input_precision="ieee")
-    else:
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        if AXIS == 0:
-            y = tl.dot(ones.to(tl.bfloat16), low, tl.dot(ones.to(tl.bfloat16), high))
-        else:
-            y = tl.dot(low, ones.to(tl.bfloat16), tl.dot(high, ones.to(tl.bfloat16)))
-    return y
+    earlier = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
+    # float16, in which F is stored beside 16-bit inputs, ends at 65504: a key with such a penalty is long dead
+    HALF: tl.constexpr = scratch_ptr.dtype.element_ty == tl.float16
+    if HALF:
+        cast = tl.minimum(cast, 60000.0)
+    votes_ji = cast.to(tl.float32 if P.exact else tl.float16)
+    before = tl.dot(votes_ji, earlier.to(votes_ji.dtype), input_precision="ieee") + carry[:, None]
+    carry += tl.sum(cast, 1)
+    if HALF:
+        before = tl.minimum(before, 60000.0)
+    before = before.to(scratch_ptr.dtype.element_ty)
+    if not BY_KEYS:
+        # computed as [j, i], in which sums over queries stay within a thread
+        before = tl.trans(before)
+    at = scratch_ptr + slot(t, kb, n, BY_KEYS, P) * 4096 + tl.arange(0, 4096)
+    tl.store(at, pack(before, 64, 64, 4))
+    return carry
 
 
 @triton.jit(do_not_specialize=["n", "first_block", "first_segment", "last_block"])
@@ -159,22 +181,49 @@ def fill(
         if P.alibi:
             slope = tl.load(slope_ptr + head)
         carry = tl.load(carry_ptr + b * carry_b + tl.cast(seg, tl.int64) * carry_s + kb * 64 + tl.arange(0, 64))
-        for t in range(t_lo, t_hi):
-            sim, _, ok, pos_i, pos_j = _tile(
-                q_ptr + b * q_b, far_q_ptr + b * q_b, q_i, pos_ptr, doc_ptr, key, slope, t, n, BY_KEYS, P
+        q_ptr += b * q_b
+        far_q_ptr += b * q_b
+        scratch_ptr += b * scratch_b
+        inside = _unmasked_from(kb, t_lo, t_hi, P)
+        for t in range(t_lo, inside):
+            carry = _fill_step(
+                carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, scratch_ptr, n, BY_KEYS, True, P
             )  # fmt: skip
-            cast = votes(sim, ok, pos_i, pos_j)
-            if BY_KEYS:
-                before = _sum_before(cast, 1, P) + carry[:, None]
-                carry += tl.sum(cast, 1)
-            else:
-                before = _sum_before(cast, 0, P) + carry[None, :]
-                carry += tl.sum(cast, 0)
-            if not P.exact:
-                # float16 ends at 65504; a key with such a penalty is long dead
-                before = tl.minimum(before, 60000.0)
-            at = scratch_ptr + b * scratch_b + slot(t, kb, n, BY_KEYS, P) * 4096 + tl.arange(0, 4096)
-            tl.store(at, pack(before.to(scratch_ptr.dtype.element_ty), 64, 64, 4))
+        for t in range(inside, t_hi):
+            carry = _fill_step(
+                carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, scratch_ptr, n, BY_KEYS, False, P
+            )  # fmt: skip
+
+
+@triton.jit
+def _spread_step(
+    carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, slices_ptr, slice_stride, dz_ptr, n, MASK: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """dz of one tile, and the carry before it."""
+    SLICES: tl.constexpr = P.slices
+    cast, change, ok = _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, t, n, False, MASK, P)
+    base = slot(t, kb, n, False, P) * 4096
+    packed = tl.arange(0, 4096)
+    dsim = tl.load(slices_ptr + base + packed).to(tl.float32)
+    for more in tl.static_range(1, SLICES):
+        dsim += tl.load(slices_ptr + more * slice_stride + base + packed).to(tl.float32)
+    dsim = unpack(dsim, 64, 64, 4)
+    if MASK:
+        # a tile that the dQ kernel had no reason to visit was never written
+        dsim = tl.where(ok, dsim, 0.0)
+    i = tl.arange(0, 64)
+    # dF is minus dS
+    later = tl.where(i[:, None] < i[None, :], -1.0, 0.0)
+    # the slices are bfloat16 too where the inputs have 16 bits
+    dsim_ij = dsim.to(tl.float32 if P.exact else tl.bfloat16)
+    gained = tl.dot(later.to(dsim_ij.dtype), dsim_ij, input_precision="ieee") + carry[None, :]
+    carry -= tl.sum(dsim, 0)
+    dz = tl.where(cast > 0, gained, 0.0)
+    if P.softcap:
+        dz = dz * change
+    tl.store(dz_ptr + base + i[:, None] * 64 + i[None, :], dz.to(dz_ptr.dtype.element_ty))
+    return carry
 
 
 @triton.jit(do_not_specialize=["n", "first_segment", "last_block"])
@@ -183,12 +232,11 @@ def spread(
     doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, carry_b, carry_s, scratch_b, slice_stride, first_segment,
     last_block, head, n, SEG: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Slices of dF -> the selecting head's gradient dz, tile by tile in rows of 64, from a segment's last tile to its first."""
+    """Slices of dS -> the selecting head's gradient dz, tile by tile in rows of 64, from a segment's last tile to its first."""
     kb, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     seg = first_segment + tl.program_id(1)
     t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, last_ptr + b * n.blocks, n, SEG, P)
     t_hi = tl.minimum(t_hi, last_block)
-    SLICES: tl.constexpr = P.slices
     if t_lo < t_hi:
         pos_ptr, doc_ptr = pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b
         key = _keys(
@@ -198,25 +246,21 @@ def spread(
         if P.alibi:
             slope = tl.load(slope_ptr + head)
         carry = tl.load(carry_ptr + b * carry_b + tl.cast(seg, tl.int64) * carry_s + kb * 64 + tl.arange(0, 64))
-        i = tl.arange(0, 64)
-        later = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
-        for back in range(0, t_hi - t_lo):
-            t = t_hi - 1 - back
-            sim, change, ok, pos_i, pos_j = _tile(
-                q_ptr + b * q_b, far_q_ptr + b * q_b, q_i, pos_ptr, doc_ptr, key, slope, t, n, False, P
+        q_ptr += b * q_b
+        far_q_ptr += b * q_b
+        slices_ptr += b * scratch_b
+        dz_ptr += b * scratch_b
+        inside = _unmasked_from(kb, t_lo, t_hi, P)
+        for back in range(0, t_hi - inside):
+            carry = _spread_step(
+                carry, t_hi - 1 - back, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, slices_ptr, slice_stride,
+                dz_ptr, n, False, P,
             )  # fmt: skip
-            base = b * scratch_b + slot(t, kb, n, False, P) * 4096
-            dpenalty = tl.load(slices_ptr + base + tl.arange(0, 4096)).to(tl.float32)
-            for more in tl.static_range(1, SLICES):
-                dpenalty += tl.load(slices_ptr + more * slice_stride + base + tl.arange(0, 4096)).to(tl.float32)
-            # a tile that the dQ kernel had no reason to visit was never written
-            dpenalty = tl.where(ok, unpack(dpenalty, 64, 64, 4), 0.0)
-            gained = _apply(later, dpenalty, 0, P) + carry[None, :]
-            carry += tl.sum(dpenalty, 0)
-            dz = tl.where(votes(sim, ok, pos_i, pos_j) > 0, gained, 0.0)
-            if P.softcap:
-                dz = dz * change
-            tl.store(dz_ptr + base + i[:, None] * 64 + i[None, :], dz.to(dz_ptr.dtype.element_ty))
+        for back in range(0, inside - t_lo):
+            carry = _spread_step(
+                carry, inside - 1 - back, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, slices_ptr, slice_stride,
+                dz_ptr, n, True, P,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "first_block", "dq_first", "dq_part"])

@@ -166,9 +166,9 @@ def allowed(pos_i, pos_j, doc_i, doc_j, n, P: tl.constexpr):
 
 
 @triton.jit
-def votes(sim, ok, pos_i, pos_j):
-    """What each query of the selecting head votes against each earlier key; never against a document's first token."""
-    return tl.where(ok & (pos_i != pos_j) & (pos_j != 0), tl.maximum(sim, 0.0), 0.0)
+def votes(sim, earlier, pos_j):
+    """What each query of the selecting head votes against each earlier key it sees; never a document's first token."""
+    return tl.where(earlier & (pos_j != 0), tl.maximum(sim, 0.0), 0.0)
 
 
 @triton.jit
