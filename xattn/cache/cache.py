@@ -129,7 +129,7 @@ class Cache:
 
     def _refuse_unfinished(self) -> None:
         if self._chunk is not None:
-            raise ConfigError("the last call with this cache failed midway and left it half written; go on from an earlier clone()")
+            raise ConfigError("the last call with this cache failed midway and left it half written; use an earlier clone()")
 
     # between calls
 
