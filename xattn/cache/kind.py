@@ -77,7 +77,7 @@ def kinds(spec: LayersSpec, *, kv_budget: KvBudget = None, rollback: int = 0, fu
         ConfigError: a bidirectional layer; a budget that is too small, reaches no layer, or meets rollback.
     """
     attns = [block.attention for block in spec.blocks]
-    require(all(a.pattern.causal for a in attns), "a cache needs a causal model: later tokens change an Encoder's keys; use Decoder")
+    require(all(a.pattern.causal for a in attns), "a cache needs a causal model: later tokens change the keys of an Encoder")
     require(rollback >= 0, f"rollback={rollback} must not be negative")
     budgets = _budgets(attns, kv_budget, full_len)
     require(

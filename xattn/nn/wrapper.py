@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from xattn.cache.cache import Cache
 from xattn.cache.kind import KvBudget
 from xattn.errors import ConfigError, TokenError
-from xattn.generate import generate
+from xattn.generate import beam_search, generate
 from xattn.nn.layers import AttentionLayers, layout_of
 from xattn.nn.loss import linear_cross_entropy, token_cross_entropy
 from xattn.ops.layout import Layout
@@ -274,3 +274,7 @@ class AutoregressiveWrapper(nn.Module):
     def generate(self, prompts: Tensor | list[Tensor], seq_len: int, **options: Any) -> Tensor:
         """New tokens after the prompts; see `xattn.generate.generate` for the options."""
         return generate(self.net, prompts, seq_len, pad_value=self.pad_value, **options)
+
+    def beam_search(self, prompts: Tensor | list[Tensor], seq_len: int, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The likeliest new tokens that a beam finds; see `xattn.generate.beam_search` for the options."""
+        return beam_search(self.net, prompts, seq_len, pad_value=self.pad_value, **options)
