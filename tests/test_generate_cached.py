@@ -42,7 +42,8 @@ def test_the_cached_path_reads_each_token_once() -> None:
 
 def test_cached_and_uncached_draw_the_same_from_one_seed() -> None:
     ar = wrapped()
-    for options in ({"filter_logits_fn": "top_p"}, {"filter_logits_fn": "min_p", "temperature": 0.7}, {"repetition_penalty": 1.3}):
+    cooler = {"filter_logits_fn": "min_p", "temperature": 0.7}
+    for options in ({"filter_logits_fn": "top_p"}, cooler, {"repetition_penalty": 1.3}):
         draws = [ar.generate(RAGGED, 15, seed=3, cache_kv=kv, **options) for kv in (True, False)]
         assert torch.equal(*draws)
         generator = torch.Generator().manual_seed(3)

@@ -12,7 +12,9 @@ from xattn.cache.kind import KvBudget
 from xattn.errors import ConfigError, ShapeError, TokenError
 
 
-def align(prompts: Tensor | list[Tensor], *, prompt_lens: Tensor | None = None, pad_value: int = 0) -> tuple[Tensor, Tensor | None, bool]:
+def align(
+    prompts: Tensor | list[Tensor], *, prompt_lens: Tensor | None = None, pad_value: int = 0
+) -> tuple[Tensor, Tensor | None, bool]:
     """Prompts as left-padded ids (b p), their mask (None when nothing is padded), and whether there was no batch axis.
 
     Args:
@@ -45,7 +47,9 @@ class Reader:
         prefill_chunk: tokens read at a time, with a cache (default: all that are given).
     """
 
-    def __init__(self, net: nn.Module, *, cache: Cache | None, extrapolate: bool = False, prefill_chunk: int | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, *, cache: Cache | None, extrapolate: bool = False, prefill_chunk: int | None = None
+    ) -> None:
         self.net, self.cache, self.extrapolate, self.prefill_chunk = net, cache, extrapolate, prefill_chunk
         self.ids_bt: Tensor | None = None
         self.mask_bt: Tensor | None = None
