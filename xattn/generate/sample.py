@@ -117,7 +117,8 @@ def generate(
 
 def _options(
     temperature: float, seq_len: int, filter_logits_fn: str | Filter | None, repetition_penalty: float,
-    no_repeat_ngram: int | None, contrast_alpha: float, stop: Sequence[Sequence[int]], draws: tuple[int | None, torch.Generator | None],
+    no_repeat_ngram: int | None, contrast_alpha: float, stop: Sequence[Sequence[int]],
+    draws: tuple[int | None, torch.Generator | None],
 ) -> Filter | None:  # fmt: skip
     """The filter that is meant, once all options are in range."""
     if temperature < 0 or seq_len < 0:
