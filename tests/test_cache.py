@@ -178,6 +178,17 @@ def test_after_a_packed_prompt_the_last_document_goes_on() -> None:
         assert_exact(got[1:], net(ids[1:])[:, 20:], str(case))
 
 
+def test_an_empty_slot_between_equal_ids_ends_the_document() -> None:
+    ids, docs = ids_of(14), torch.full((2, 14), 3)
+    mask = torch.ones(2, 14, dtype=torch.bool)
+    mask[0, 6:8] = False
+    for case in CAUSAL:
+        net = of(case)
+        truth = net(ids, mask=mask, doc_ids=docs)[mask]
+        for sizes in (8, 7, (6, 2, 6), 1):
+            assert_exact(feed(net, net.cache(2), ids, sizes, mask=mask, doc_ids=docs)[mask], truth, f"{case} in {sizes}")
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> dict[str, Any]:
     """Flags of a random layer, some differing between its two layers."""

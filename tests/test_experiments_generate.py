@@ -33,7 +33,9 @@ def test_text_goes_on_from_the_prompt_as_the_library_says(tmp_path, monkeypatch,
     assert run(monkeypatch, capsys, *args)[1] == out
 
 
-@pytest.mark.parametrize(("flags", "more", "told"), [({"num_tokens": 300}, [], "num_tokens=300"), ({}, ["--prompt", ""], "empty")])
+@pytest.mark.parametrize(
+    ("flags", "more", "told"), [({"num_tokens": 300}, [], "num_tokens=300"), ({}, ["--prompt", ""], "empty")]
+)
 def test_what_cannot_be_is_told_without_a_traceback(tmp_path, monkeypatch, capsys, flags, more, told):
     xattn.save(xattn.build(FLAGS | flags), tmp_path / "m")
     code, out, err = run(monkeypatch, capsys, tmp_path / "m", *more)

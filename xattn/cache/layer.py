@@ -117,17 +117,9 @@ class LayerCache:
         version_b = self._version(chunk.start.count_b).to(self.votes_bus.device)
         if slots.layout is chunk.layout:
             return self.votes_bus.new_zeros(batch, keys)
-        if self.kind.ring is None:
-            # a slot taken back and filled again still holds the votes against its last owner
-            self._forget(slots.place)
+        # a version that is still in reach was written before any token that could have been taken back: new slots are 0 in it
         old_bs = self.votes_bus[rows, version_b, : slots.old]
         return torch.cat([old_bs, old_bs.new_zeros(batch, keys - slots.old)], dim=1)
-
-    def _forget(self, place: Place) -> None:
-        if isinstance(place.slots, slice):
-            self.votes_bus[:, :, place.slots] = 0
-        else:
-            self.votes_bus[place.rows, :, place.slots] = 0
 
     def _keep_votes(self, old_bus: Tensor, new_bun: Tensor) -> None:
         """Stores the votes against the slots held and against the new tokens, for each of the last queries."""
