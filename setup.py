@@ -44,6 +44,7 @@ setup(
             "xattn-train=xattn.experiments.train:main",
             "xattn-compare=xattn.experiments.compare:main",
             "xattn-eval=xattn.experiments.evaluate:main",
+            "xattn-generate=xattn.experiments.generate:main",
         ]
     },
 )

@@ -9,11 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", README, re.DOTALL)
+CACHES = (ROOT / "docs" / "caches.md").read_text(encoding="utf-8")
+SHOWN = re.compile(r"```python\n(.*?)```\n+```text\n(.*?)```", re.DOTALL)
+EXAMPLES, CACHE_EXAMPLES = SHOWN.findall(README), SHOWN.findall(CACHES)
 
 
-@pytest.mark.parametrize("code, printed", EXAMPLES, ids=lambda text: text.split("\n")[0][:30])
-def test_readme_example_prints_what_the_readme_says(code, printed, tmp_path):
+@pytest.mark.parametrize("code, printed", EXAMPLES + CACHE_EXAMPLES, ids=lambda text: text.split("\n")[0][:30])
+def test_example_prints_what_its_page_says(code, printed, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line.rstrip() for line in done.stdout.splitlines()] == [line.rstrip() for line in printed.splitlines()]
@@ -21,6 +23,7 @@ def test_readme_example_prints_what_the_readme_says(code, printed, tmp_path):
 
 def test_every_python_example_of_the_readme_is_run():
     assert len(EXAMPLES) == README.count("```python") >= 2
+    assert len(CACHE_EXAMPLES) == CACHES.count("```python") >= 2
 
 
 def test_warning_quoted_in_the_readme_is_the_one_given(tmp_path):

@@ -358,6 +358,8 @@ def model_flags(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         flags["pre_norm"] = draw(st.booleans())
     if draw(st.booleans()):
         flags["emb_dropout"] = draw(st.sampled_from([0.0, 0.2]))
+    if any(row.get("attn_selective") for row in rows) and draw(st.booleans()):
+        flags["memory_loss_weight"] = draw(st.sampled_from([0.1, 2]))
     return flags, rows
 
 

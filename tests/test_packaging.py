@@ -51,7 +51,7 @@ def test_installed_commands_work_from_an_empty_directory(wheel: Path, tmp_path: 
 
 def test_every_console_script_names_a_function_that_exists() -> None:
     text = (ROOT / "setup.py").read_text()
-    for command, module in (("train", "train"), ("compare", "compare"), ("eval", "evaluate")):
+    for command, module in (("train", "train"), ("compare", "compare"), ("eval", "evaluate"), ("generate", "generate")):
         assert f"xattn-{command}=xattn.experiments.{module}:main" in text
         spec = importlib.util.find_spec(f"xattn.experiments.{module}")
         assert spec is not None and "def main() -> None" in Path(spec.origin).read_text()

@@ -528,6 +528,20 @@ def test_selective_without_the_votes_of_earlier_queries_is_refused(case: Case) -
                sink_logits_h=given.get("sink_logits"))  # fmt: skip
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+@pytest.mark.parametrize("window", [1, 4, 6, 20, 30])
+def test_self_extend_reaches_max_positions_and_no_farther(group: int, window: int) -> None:
+    trained = 20
+    part = parse_attention(heads=1, dim_head=4, rotary_pos_emb=True, self_extend_group=group, self_extend_window=window).positions
+    longest = part.max_positions(trained)
+
+    def reach(n: int) -> int:
+        pos = torch.arange(n)[None]
+        return int(part.distance(pos, pos).max())
+
+    assert reach(longest) <= trained - 1 < reach(longest + 1)
+
+
 # Documents and padding
 
 

@@ -3,12 +3,15 @@
 All for one device, in bytes or counts; n is a sequence's length in tokens.
 """
 
+from xattn.cache.kind import KvBudget, kinds
 from xattn.ops import sdpa
 from xattn.ops.backends import choose
 from xattn.ops.layout import Layout
 from xattn.spec.model import AttentionSpec, BlockSpec, LayersSpec, ModelSpec
 from xattn.spec.pattern import Pattern
 from xattn.spec.positions import SelfExtend
+
+POSITION_BYTES = 8
 
 
 def count_params(spec: ModelSpec) -> int:
@@ -63,20 +66,38 @@ def train_flops(spec: ModelSpec, n: int) -> int:
     return 3 * forward_flops(spec, n)
 
 
-def kv_bytes(spec: ModelSpec | LayersSpec, n: int, itemsize: int = 2) -> int:
-    """Bytes that a cache must hold after n tokens of one sequence, all layers.
+def kv_bytes(spec: ModelSpec | LayersSpec, n: int, itemsize: int = 2, kv_budget: KvBudget = None) -> int:
+    """Bytes that a cache must hold after n tokens of one sequence, all layers: keys, values, and F of selective layers.
 
-    A window layer keeps its last W - 1 keys and its sink tokens; selective attention keeps one float32 a key.
+    A window layer keeps its last W - 1 keys and its sink tokens; selective attention keeps one float32 a key (float64
+    beside float64 keys), and of its keys a kv_budget, where one is given.
     """
     layers = spec.layers if isinstance(spec, ModelSpec) else spec
-    return sum(_layer_kv_bytes(block.attention, n, itemsize) for block in layers.blocks)
+    blocks = zip(layers.blocks, kinds(layers, kv_budget=kv_budget, full_len=_full_len(spec)), strict=True)
+    return sum(kind.held(n) * kind.slot_bytes(block.attention, itemsize) for block, kind in blocks)
 
 
-def _layer_kv_bytes(attn: AttentionSpec, n: int, itemsize: int) -> int:
-    window = attn.pattern.sliding_window
-    kept = n if window is None else min(n, window - 1)
-    kept += min(attn.pattern.sink_tokens, n - kept)
-    return kept * (2 * attn.kv_heads * attn.dim_head * itemsize + (4 if attn.selection is not None else 0))
+def cache_bytes(
+    spec: ModelSpec | LayersSpec, n: int, *, batch: int = 1, itemsize: int = 2, kv_budget: KvBudget = None, rollback: int = 0,
+    max_len: int | None = None,
+) -> int:  # fmt: skip
+    """Bytes that `Cache.nbytes()` says after n tokens in each row: slots as allocated, with their positions.
+
+    Layers that keep the same tokens share one int64 position a slot for the whole batch while all rows are alike; a pruned
+    layer has one for each row.
+    """
+    layers, total, tables = spec.layers if isinstance(spec, ModelSpec) else spec, 0, {}
+    full_len = max_len if max_len is not None else _full_len(spec)
+    of = kinds(layers, kv_budget=kv_budget, rollback=rollback, full_len=full_len)
+    for i, (block, kind) in enumerate(zip(layers.blocks, of, strict=True)):
+        slots = kind.capacity(n, max_len if n else None)
+        total += batch * slots * kind.slot_bytes(block.attention, itemsize)
+        tables[i if kind.budget else (kind.ring, kind.sinks)] = slots * (batch if kind.budget else 1) * POSITION_BYTES
+    return total + sum(tables.values())
+
+
+def _full_len(spec: ModelSpec | LayersSpec) -> int | None:
+    return spec.max_seq_len if isinstance(spec, ModelSpec) else None
 
 
 def activation_bytes(spec: ModelSpec, *, batch: int, n: int, itemsize: int = 4, attn_backend: str = "auto") -> int:

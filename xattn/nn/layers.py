@@ -1,11 +1,14 @@
 """Blocks and stacks: `Decoder` (causal) and `Encoder`, built from flags or from a spec."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xattn.cache.cache import Cache
+from xattn.cache.layer import LayerCache
 from xattn.errors import ConfigError
 from xattn.nn.attention import Attention
 from xattn.nn.feedforward import FeedForward
@@ -44,9 +47,12 @@ class Block(nn.Module):
         self.attn = Residual(attention, layers)
         self.ff = Residual(FeedForward(spec.feedforward, dim=layers.dim), layers)
 
-    def forward(self, x_bnm: Tensor, layout: Layout) -> Tensor:
-        """(b n m) -> (b n m)."""
-        return self.ff(self.attn(x_bnm, layout))
+    def forward(
+        self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None, *, count_live: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(b n m) -> (b n m), and with count_live the keys that selective attention still needs (b,)."""
+        out_bnm = self.ff(self.attn(x_bnm, layout, cache))
+        return (out_bnm, self.attn.branch.live_keys(self.attn.pre_norm(x_bnm), layout)) if count_live else out_bnm
 
 
 class AttentionLayers(nn.Module):
@@ -93,22 +99,49 @@ class AttentionLayers(nn.Module):
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
         layout: Layout | None = None,
-    ) -> Tensor:
+        cache: Cache | None = None,
+        return_live: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(b n m) -> (b n m).
 
         Args:
             mask: bool (b n), True where there is a token. doc_ids: int (b n), runs of equal ids are documents.
-            layout: the two above already made into a layout; give it instead of them.
+            layout: the two above already made into a layout (by `cache.begin`, with a cache); give it instead of them.
+            cache: the tokens before these, which it takes in; changed in place.
+            return_live: also return the share of a row's tokens (b,) that selective layers still need as keys, on average.
         """
         b, n = sizes({"m": self.spec.dim}, x=(x_bnm, "b n m"))["b"], x_bnm.shape[1]
-        if layout is None:
+        if layout is None and cache is not None:
+            layout = cache.begin(self.spec, x_bnm, dtype=self.key_dtype, mask=mask, doc_ids=doc_ids)
+        elif layout is None:
             layout = layout_of(b, n, x_bnm, mask=mask, doc_ids=doc_ids)
         elif mask is not None or doc_ids is not None:
             raise ConfigError("layout already says which slots hold tokens; drop mask and doc_ids, or layout")
         again = self.checkpoint_blocks and torch.is_grad_enabled()
-        for block in self.blocks:
-            x_bnm = checkpoint(block, x_bnm, layout, use_reentrant=False) if again else block(x_bnm, layout)
-        return self.final_norm(x_bnm)
+        stores = [None] * len(self.blocks) if cache is None else cache.layers
+        live: list[Tensor] = []
+        for block, spec, store in zip(self.blocks, self.spec.blocks, stores, strict=True):
+            count = return_live and spec.attention.selection is not None
+            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            x_bnm = run(x_bnm, layout, store, count_live=count)
+            if count:
+                x_bnm, live_b = x_bnm
+                live.append(live_b)
+        if cache is not None:
+            cache.commit()
+        x_bnm = self.final_norm(x_bnm)
+        if not return_live:
+            return x_bnm
+        if not live:
+            raise ConfigError("return_live counts the keys of selective layers, and no layer has attn_selective")
+        return x_bnm, torch.stack(live).mean(dim=0) / (layout.pos_bn >= 0).sum(dim=1).clamp(min=1)
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        """The dtype that keys and values have now: the weights', or autocast's where it is on."""
+        weight = self.blocks[0].attn.branch.to_v.weight
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
     def backends(self) -> list[dict[str, Any]]:
         """One row a layer, for the device that the model is on now: layer, flags, backend, packed, and rejected.

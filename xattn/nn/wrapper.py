@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from xattn.cache.cache import Cache
+from xattn.cache.kind import KvBudget
 from xattn.errors import ConfigError, TokenError
-from xattn.generate import generate
+from xattn.generate import beam_search, generate
 from xattn.nn.layers import AttentionLayers, layout_of
 from xattn.nn.loss import linear_cross_entropy, token_cross_entropy
 from xattn.ops.layout import Layout
@@ -24,6 +26,7 @@ class TransformerWrapper(nn.Module):
         attn_layers: a `Decoder` or `Encoder`.
         tie_embedding: the head shares the embedding's weights. emb_dropout: dropout on the embeddings.
         use_abs_pos_emb: learned absolute positions (default: only where no layer has rotary positions or ALiBi).
+        memory_loss_weight: what the share of keys that selective layers still need weighs in `AutoregressiveWrapper`'s loss.
     """
 
     def __init__(
@@ -35,13 +38,14 @@ class TransformerWrapper(nn.Module):
         tie_embedding: bool = False,
         use_abs_pos_emb: bool | None = None,
         emb_dropout: float = 0.0,
+        memory_loss_weight: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(attn_layers, AttentionLayers):
             raise ConfigError(f"attn_layers is a {type(attn_layers).__name__}; give a Decoder or an Encoder")
         self.spec = ModelSpec(
             num_tokens=num_tokens, max_seq_len=max_seq_len, layers=attn_layers.spec, tie_embedding=tie_embedding,
-            use_abs_pos_emb=use_abs_pos_emb, emb_dropout=emb_dropout,
+            use_abs_pos_emb=use_abs_pos_emb, emb_dropout=emb_dropout, memory_loss_weight=memory_loss_weight,
         )  # fmt: skip
         dim = attn_layers.spec.dim
         self.token_emb = nn.Embedding(num_tokens, dim)
@@ -58,7 +62,7 @@ class TransformerWrapper(nn.Module):
         """The model that a spec describes, freshly initialised."""
         return cls(
             num_tokens=spec.num_tokens, max_seq_len=spec.max_seq_len, tie_embedding=spec.tie_embedding,
-            use_abs_pos_emb=spec.use_abs_pos_emb, emb_dropout=spec.emb_dropout,
+            use_abs_pos_emb=spec.use_abs_pos_emb, emb_dropout=spec.emb_dropout, memory_loss_weight=spec.memory_loss_weight,
             attn_layers=AttentionLayers.from_spec(spec.layers, attn_backend=attn_backend),
         )  # fmt: skip
 
@@ -73,26 +77,58 @@ class TransformerWrapper(nn.Module):
         *,
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        cache: Cache | None = None,
         return_embeddings: bool = False,
+        return_live: bool = False,
         extrapolate: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (b n v), or the embeddings (b n m) before the head.
 
         Args:
             ids_bn: int64 (b n). mask: bool (b n), True where there is a token; padding stands left or right.
             doc_ids: int (b n); runs of equal ids are documents, which neither see each other nor share positions.
+            cache: the tokens before these, from `self.cache`; takes these in, in place. Without doc_ids each row's document
+                goes on; with a mask, rows may have had different numbers of tokens.
+            return_live: also return the share of a row's tokens (b,) that selective layers still need as keys, on average.
             extrapolate: let a sequence be longer than max_seq_len; impossible with learned positions.
         Raises:
+            ConfigError: a cache opened for other flags, another batch, dtype or device, or with gradients on.
             TokenError: too long a sequence, or (checked on the CPU) an id outside the vocabulary.
         """
         if ids_bn.ndim != 2:
             raise TokenError(f"ids have shape {tuple(ids_bn.shape)}; they must be (batch, sequence)")
         b, n = ids_bn.shape
-        self.check_length(n, extrapolate=extrapolate)
+        self.check_length(n if cache is None else cache.rows.reach + n, extrapolate=extrapolate)
         self._check_ids(ids_bn)
-        layout = layout_of(b, n, ids_bn, mask=mask, doc_ids=doc_ids)
-        x_bnm = self.attn_layers(self._embed(ids_bn, layout), layout=layout)
-        return x_bnm if return_embeddings else linear(x_bnm, self.head_vm)
+        if cache is None:
+            layout = layout_of(b, n, ids_bn, mask=mask, doc_ids=doc_ids)
+        else:
+            layout = cache.begin(self.spec.layers, ids_bn, dtype=self.attn_layers.key_dtype, mask=mask, doc_ids=doc_ids)
+        x_bnm = self.attn_layers(self._embed(ids_bn, layout), layout=layout, cache=cache, return_live=return_live)
+        x_bnm, live = x_bnm if return_live else (x_bnm, None)
+        out = x_bnm if return_embeddings else linear(x_bnm, self.head_vm)
+        return (out, live) if return_live else out
+
+    def cache(
+        self,
+        batch: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+        kv_budget: KvBudget = None,
+        rollback: int = 0,
+        max_len: int | None = None,
+    ) -> Cache:
+        """An empty cache of this model for `model(ids, cache=cache)`; see `xattn.cache.Cache`.
+
+        Args:
+            dtype: of keys and values (default: the parameters', or autocast's where it is on).
+            kv_budget: keys that selective layers keep; a fraction is one of max_len, or of the model's max_seq_len.
+        """
+        return Cache(
+            self.spec.layers, batch, dtype=self.attn_layers.key_dtype if dtype is None else dtype, device=self.head_vm.device,
+            kv_budget=kv_budget, rollback=rollback, max_len=max_len,
+            full_len=max_len if max_len is not None else self.spec.max_seq_len,
+        )  # fmt: skip
 
     def _embed(self, ids_bn: Tensor, layout: Layout) -> Tensor:
         x_bnm = self.token_emb(ids_bn)
@@ -190,11 +226,16 @@ class AutoregressiveWrapper(nn.Module):
     ) -> Tensor:
         """Mean loss in nats a token; ids (b n) hold input and target, so n - 1 tokens a row are predicted.
 
+        While training, memory_loss_weight * (share of keys that selective layers still need, mean over rows) comes on top:
+        eps * sum_l max_i M_i / (L n), of arXiv 2410.02703, with L the number of selective layers and n a row's tokens.
+
         Args:
             mask: bool (b n), True where there is a token; doc_ids: int (b n), as in `TransformerWrapper`.
         """
-        x_tm, target_t = self._inputs(ids_bn, mask, doc_ids, extrapolate)
-        return linear_cross_entropy(x_tm, self.net.head_vm, target_t, ignore_index=self.ignore_index)
+        weight = self.net.spec.memory_loss_weight if self.training else None
+        x_tm, target_t, live_b = self._inputs(ids_bn, mask, doc_ids, extrapolate, return_live=weight is not None)
+        loss = linear_cross_entropy(x_tm, self.net.head_vm, target_t, ignore_index=self.ignore_index)
+        return loss if weight is None else loss + weight * live_b.mean()
 
     @torch.no_grad()
     def token_nll(
@@ -204,7 +245,7 @@ class AutoregressiveWrapper(nn.Module):
         training = self.training
         self.eval()
         try:
-            x_tm, target_t = self._inputs(ids_bn, mask, doc_ids, extrapolate)
+            x_tm, target_t, _ = self._inputs(ids_bn, mask, doc_ids, extrapolate)
         finally:
             self.train(training)
         counts = target_t != self.ignore_index
@@ -212,9 +253,9 @@ class AutoregressiveWrapper(nn.Module):
         return nll_t.view(ids_bn.shape[0], -1)
 
     def _inputs(
-        self, ids_bn: Tensor, mask: Tensor | None, doc_ids: Tensor | None, extrapolate: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings (t m) of the inputs and the targets (t,)."""
+        self, ids_bn: Tensor, mask: Tensor | None, doc_ids: Tensor | None, extrapolate: bool, *, return_live: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embeddings (t m) of the inputs, the targets (t,), and with return_live the share of keys still needed (b,)."""
         if ids_bn.ndim != 2 or ids_bn.shape[1] < 2:
             raise TokenError(f"ids have shape {tuple(ids_bn.shape)}; a loss needs (batch, 2 tokens or more)")
         ids_in, target = ids_bn[:, :-1], ids_bn[:, 1:]
@@ -225,10 +266,15 @@ class AutoregressiveWrapper(nn.Module):
             mask = mask[:, :-1]
         x_bnm = self.net(
             ids_in, mask=mask, doc_ids=None if doc_ids is None else doc_ids[:, :-1], return_embeddings=True,
-            extrapolate=extrapolate,
+            return_live=return_live, extrapolate=extrapolate,
         )  # fmt: skip
-        return x_bnm.flatten(0, 1), target.flatten()
+        x_bnm, live_b = x_bnm if return_live else (x_bnm, None)
+        return x_bnm.flatten(0, 1), target.flatten(), live_b
 
     def generate(self, prompts: Tensor | list[Tensor], seq_len: int, **options: Any) -> Tensor:
         """New tokens after the prompts; see `xattn.generate.generate` for the options."""
         return generate(self.net, prompts, seq_len, pad_value=self.pad_value, **options)
+
+    def beam_search(self, prompts: Tensor | list[Tensor], seq_len: int, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The likeliest new tokens that a beam finds; see `xattn.generate.beam_search` for the options."""
+        return beam_search(self.net, prompts, seq_len, pad_value=self.pad_value, **options)

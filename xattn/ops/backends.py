@@ -30,7 +30,7 @@ def dense_limit(limit_bytes: int):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """One call of attention, as far as a back-end may care."""
+    """One call of attention, as far as a back-end may care. carries: it takes the votes of earlier queries and returns them."""
 
     spec: AttentionSpec
     layout_i: Layout
@@ -38,11 +38,12 @@ class Call:
     batch: int
     dtype: torch.dtype
     device: torch.device
+    carries: bool = False
 
     @property
     def features(self) -> frozenset[str]:
         """What the call asks beyond the spec."""
-        found = set()
+        found = {"carried_votes"} if self.carries else set()
         if self.layout_i is not self.layout_j:
             found.add("cross_length")
         for layout in (self.layout_i, self.layout_j):
@@ -60,7 +61,8 @@ class Backend:
     """A way to compute attention.
 
     supports: features it honours, or None for all that exist. limits: reasons why a call is out of its reach.
-    run: (q, k, v, *, spec, layout_i, layout_j, sink_logits_h, dropout_p) -> out.
+    run: (q, k, v, *, spec, layout_i, layout_j, sink_logits_h, dropout_p) -> out; with carried_votes also carry_bj and
+    carry_rows -> (out, votes (b u j) after each of the last u = carry_rows queries).
     lacks: what it needs that this machine, or a device of that type, has not; None for nothing.
     """
 
@@ -94,8 +96,9 @@ def _sdpa_limits(call: Call) -> list[str]:
     return _dense("an n x n mask", size)
 
 
-def _run_reference(*tensors: Tensor, **call: object) -> Tensor:
-    return reference(*tensors, **call)[0]
+def _run_reference(*tensors: Tensor, carry_bj: Tensor | None = None, **call: object) -> Tensor | tuple[Tensor, Tensor]:
+    out, carry = reference(*tensors, carry_bj=carry_bj, **call)
+    return out if carry_bj is None else (out, carry)
 
 
 REFERENCE = Backend(name="reference", supports=None, limits=_reference_limits, run=_run_reference)

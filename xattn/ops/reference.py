@@ -20,6 +20,7 @@ def reference(
     sink_logits_h: Tensor | None = None,
     dropout_p: float = 0.0,
     carry_bj: Tensor | None = None,
+    carry_rows: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of queries (b h i d) over keys and values (b g j d), as the spec says; memory b h i j.
 
@@ -29,8 +30,10 @@ def reference(
         layout_i, layout_j: where queries and keys stand.
         sink_logits_h: the learned sink of each head, for a spec with sink_logits.
         carry_bj: votes that earlier queries cast against each key (attn_selective).
+        carry_rows: return the votes after each of that many last queries, so that some can be taken back.
     Returns:
-        out (b h i d) in v's dtype, and the carry (b j) for later queries (None without attn_selective).
+        out (b h i d) in v's dtype, and the carry (b j) for later queries, or (b u j) for u carry_rows (None without
+        attn_selective).
     """
     pos_bi, pos_bj = layout_i.pos_bn, layout_j.pos_bn
     groups = spec.heads // spec.kv_heads
@@ -43,9 +46,10 @@ def reference(
         sim_bhij = part.modify(sim_bhij, distance_bij)
     allowed_bij = spec.pattern.allowed(pos_bi, pos_bj, layout_i.doc_bn, layout_j.doc_bn)
     if spec.selection is not None:
-        penalty_bij, carry_bj = spec.selection.penalty(
+        penalty_bij, after_bij = spec.selection.penalty(
             sim_bhij, allowed_bij, pos_bi, pos_bj, carry_bj, layout_i.order_bn
         )
+        carry_bj = after_bij[:, -1] if carry_rows is None else after_bij[:, -carry_rows:]
         sim_bhij = sim_bhij - penalty_bij[:, None]
         if spec.selection.selection_skip is not None:
             threshold = spec.selection.threshold(spec.reach(q_bhid, k_bgjd), layout_j.n)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from xattn.ops.layout import Layout
+from xattn.ops.rotary import turned
 from xattn.spec.model import AttentionSpec
 from xattn.spec.positions import Rope
 
@@ -56,7 +57,7 @@ def run(
     scale = spec.scale
     if isinstance(spec.positions, Rope):
         scale *= spec.positions.temperature
-        q_bhid, k_bgjd = (_rotated(x, spec.positions, at) for x, at in ((q_bhid, layout_i), (k_bgjd, layout_j)))
+        q_bhid, k_bgjd = (turned(x, spec.positions, at) for x, at in ((q_bhid, layout_i), (k_bgjd, layout_j)))
     dim_head = q_bhid.shape[-1]
     if sink_logits_h is not None:
         q_bhid = torch.cat([q_bhid, _sink_query(q_bhid, sink_logits_h / scale)], dim=-1)
@@ -81,14 +82,6 @@ def mask_bytes(spec: AttentionSpec, layout_i: Layout, layout_j: Layout, itemsize
     c = block_size(spec)
     keys = (2 if spec.pattern.causal else 3) * c + min(spec.pattern.sink_tokens, layout_i.n) + spec.sink_logits
     return batch * -(-layout_i.n // c) * c * keys * column
-
-
-def _rotated(x_bhnd: Tensor, rope: Rope, layout: Layout) -> Tensor:
-    dim_head, dtype = x_bhnd.shape[-1], x_bhnd.dtype
-    cos, sin = layout.memo(("rope", rope, dim_head, dtype), lambda: rope.table(layout.pos_bn, dim_head, dtype))
-    # turned in the projection's own b n h d order: torch's kernels then answer in it, and merging heads copies nothing
-    x_bnhd = rope.rotate(x_bhnd.transpose(1, 2), (cos.transpose(1, 2), sin.transpose(1, 2)))
-    return x_bnhd.transpose(1, 2)
 
 
 def _sink_query(q_bhid: Tensor, value_h: Tensor) -> Tensor:

@@ -180,8 +180,18 @@ class ModelSpec:
         bool, None, "learned absolute positions (default: only without rotary and ALiBi)", per_layer=False
     )
     emb_dropout: float = flag(float, 0.0, "dropout on the embeddings while training", per_layer=False, inference=True)
+    memory_loss_weight: float | None = flag(
+        float, None, "selective attention: weight of the share of keys still needed in the training loss (0.1 in the paper)",
+        per_layer=False, gate="attn_selective", inference=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
+        weight = self.memory_loss_weight
+        require(weight is None or 0 < weight < math.inf, f"memory_loss_weight={weight} must be finite and above 0; 0.1 is usual")
+        require(
+            weight is None or any(block.attention.selection is not None for block in self.layers.blocks),
+            f"memory_loss_weight={weight} has no effect: no layer has attn_selective; set attn_selective or drop it",
+        )
         require(self.num_tokens >= 1, f"num_tokens={self.num_tokens} must be at least 1")
         require(self.max_seq_len >= 1, f"max_seq_len={self.max_seq_len} must be at least 1")
         require(0 <= self.emb_dropout < 1, f"emb_dropout={self.emb_dropout} must be in [0, 1)")

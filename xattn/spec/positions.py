@@ -175,6 +175,14 @@ class SelfExtend(Rope):
         """w - w // G: what joins the grouped zone to the exact one."""
         return self.self_extend_window - self.self_extend_window // self.self_extend_group
 
+    def max_positions(self, trained: int) -> int:
+        """Tokens of a sequence whose largest distance stays below the trained length: (L - w + w // G) * G.
+
+        (L - w) * G + w where G divides w; a window of L or more leaves L.
+        """
+        window, group = self.self_extend_window, self.self_extend_group
+        return max(trained, (trained - window + window // group) * group) if window < trained else trained
+
     def grouped(self, pos: Tensor) -> Tensor:
         """Positions counted in groups."""
         return pos.div(self.self_extend_group, rounding_mode="floor")

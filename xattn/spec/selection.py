@@ -67,12 +67,13 @@ class Selection(Part):
         carry_bj: Tensor | None = None,
         order_bi: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The penalty F (b i j) to subtract, and the carry (b j) for the queries that come after these.
+        """The penalty F (b i j) to subtract, and the votes (b i j) after each query, the last of which is what is carried on.
 
         Args:
             sim_bhij: logits after the score stage, float32 or better.
             carry_bj: votes of all earlier queries against each key; None for none.
-            order_bi: the queries' slots from the earliest position to the latest; None when they stand in that order.
+            order_bi: the queries' slots from the earliest position to the latest; None when they stand in that order. The
+                votes after each query come in this order.
         """
         own = pos_bi[:, :, None] == pos_bj[:, None, :]
         first = pos_bj[:, None, :] == 0
@@ -86,4 +87,4 @@ class Selection(Part):
         before = torch.cat([carry_b1j.expand_as(total[:, :1]), total[:, :-1]], dim=1)
         if order_bi is not None:
             before = torch.zeros_like(before).scatter(1, rows, before)
-        return before, total[:, -1]
+        return before, total

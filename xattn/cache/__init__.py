@@ -1,0 +1,5 @@
+"""Caches: where the keys and values of earlier tokens live, and what each layer kind keeps of them."""
+
+from xattn.cache.cache import Cache
+
+__all__ = ["Cache"]

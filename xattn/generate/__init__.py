@@ -1,0 +1,7 @@
+"""Generation: tokens one after the other, over a cache or by reading everything anew; both say the same."""
+
+from xattn.generate.beam import beam_search
+from xattn.generate.logits import FILTERS, Filter, min_p, top_k, top_p
+from xattn.generate.sample import generate
+
+__all__ = ["FILTERS", "Filter", "beam_search", "generate", "min_p", "top_k", "top_p"]
