@@ -126,10 +126,7 @@ def find_dkdv(
     if P.skip:
         dead = tl.load(dead_ptr)
         # no query from `end` on sees a living key of this block
-        end = tl.load(last_ptr + b * n.blocks + j0 // 64)
-        for more in tl.static_range(1, BJ // 64):
-            end = tl.maximum(end, tl.load(last_ptr + b * n.blocks + j0 // 64 + more))
-        walk = clip(walk, end)
+        walk = clip(walk, tl.load(last_ptr + b * n.blocks + block))
     in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     # 8 warps have registers to spare for a pipelined edge, 4 have not
@@ -178,10 +175,7 @@ def sum_columns(
     walk = queries_of(kb * 64 // BJ, walk_ptr + b * walk_b, n, P)
     lo, hi = walk[2], walk[7]
     if P.skip:
-        end = tl.load(last_ptr + b * n.blocks + kb * 64 // BJ * (BJ // 64))
-        for more in tl.static_range(1, BJ // 64):
-            end = tl.maximum(end, tl.load(last_ptr + b * n.blocks + kb * 64 // BJ * (BJ // 64) + more))
-        hi = tl.minimum(hi, end)
+        hi = tl.minimum(hi, tl.load(last_ptr + b * n.blocks + kb))
     t = seg * TILES + tl.arange(0, TILES)
     j = tl.arange(0, 64)
     visited = (t * BI >= lo) & (t * BI < hi)

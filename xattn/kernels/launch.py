@@ -129,9 +129,9 @@ class _Call:
     def tile(self, kernel: str) -> tuple[Tile, Parts, dict[str, int]]:
         """A kernel's tile, its structure, and how it is launched."""
         t = tile(kernel, window=self.parts.window, **self.size)
-        if self.parts.skip and kernel != "dkdv":
-            # keys are dead or alive in blocks of 64
-            t = t._replace(block_j=64)
+        if self.parts.skip and t.block_j > 64:
+            # keys are dead or alive in blocks of 64, and F of a dead block is never written
+            t = t._replace(block_j=64, warps=4, stages=2)
         parts = self.parts._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps)
         return t, parts, {"num_warps": t.warps, "num_stages": t.stages}
 
