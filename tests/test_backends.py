@@ -196,6 +196,9 @@ def test_no_flag_is_inert(backend: Backend, case: Case, seating: str, dtype: str
     on = run(backend.name, case.spec, given, seat, training=True)
     # kv_heads changes the sizes of its inputs; it has a test of its own
     for name in set(case.flags) - {"kv_heads"}:
+        if case.flags[name] == "bound":
+            # selection_skip's promise of next to no change: test_kernels.py holds it to that
+            continue
         torch.manual_seed(0)
         off = run(backend.name, case.without(name), given, seat, training=True)
         assert not torch.allclose(on, off), f"{name} changes nothing"
