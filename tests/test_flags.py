@@ -321,9 +321,14 @@ def layer_flags(draw: st.DrawFn, causal: bool) -> dict[str, Any]:
             f["rope_scaling_factor"] = draw(st.sampled_from([1.0, 2.0, 8]))
             if f["rope_scaling"] == "yarn":
                 f["rope_original_len"] = draw(st.sampled_from([64, 512]))
-        f["self_extend_group"] = maybe(st.sampled_from([1, 2, 8]), 2)
+        # auto is inert in a window without sinks that shows no more than the trained length
+        far = f["sliding_window"] is None or (f["rope_scaling"] is None and (f["sink_tokens"] or f["sliding_window"] == 100))
+        f["self_extend_group"] = maybe(st.sampled_from([1, 2, 8, "auto"] if far else [1, 2, 8]), 2)
         if f["self_extend_group"] is not None:
             f["self_extend_window"] = draw(st.sampled_from([1, 4]))
+        if f["self_extend_group"] == "auto":
+            f["self_extend_trained_len"] = 16
+            f["self_extend_window"] = maybe(st.just(f["self_extend_window"]))
     f["qk_rmsnorm"] = maybe(st.booleans())
     f["ff_mult"] = maybe(st.sampled_from([4.0, 2.0, 1]))
     f["ff_glu"] = maybe(st.booleans())

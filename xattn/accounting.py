@@ -105,14 +105,14 @@ def activation_bytes(spec: ModelSpec, *, batch: int, n: int, itemsize: int = 4, 
 
     For eager torch on the CPU, without dropout, right to within a tenth; scratch space inside kernels is not counted.
     """
-    tokens, m = batch * n, spec.layers.dim
+    tokens, m, layers = batch * n, spec.layers.dim, spec.layers.settled(n)
     # LayerNorm keeps its input and two statistics; RMSNorm is composite and keeps its normalised input as well
     norm = 2 * m + 1 if spec.layers.use_rmsnorm else m + 2
     per_token = norm + m if spec.layers.pre_norm else m
-    for block in spec.layers.blocks:
+    for block in layers.blocks:
         per_token += 2 * norm * (1 + spec.layers.sandwich_norm) + _attention_floats(block, m, n, attn_backend)
         per_token += m + _feedforward_floats(block, m)
-    masks = {block.attention: _mask_floats(block.attention, batch, n, attn_backend) for block in spec.layers.blocks}
+    masks = {block.attention: _mask_floats(block.attention, batch, n, attn_backend) for block in layers.blocks}
     gradients = spec.num_tokens * m * itemsize
     return int((tokens * per_token + sum(masks.values())) * itemsize) + gradients + 8 * tokens
 

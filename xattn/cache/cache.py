@@ -25,10 +25,11 @@ class Cache:
         spec: the layers it serves. batch: its rows. dtype, device: of the keys and values; F is float32 or better.
         kv_budget: keys that selective layers keep (int, fraction, or a list of these and None a layer); None for all.
         rollback: tokens that `crop` can take back where rings or F have moved on; each costs a slot a ring, a float a key.
-        max_len: tokens a row that it is allocated for at once, and refuses to exceed; None grows by doubling.
+        max_len: tokens a row that it is allocated for at once, and refuses to exceed; None grows by doubling. It settles
+            self_extend_group=auto: `settled` has the layers as they are for that length.
         full_len: what a fraction in kv_budget is a fraction of (default: max_len).
     Raises:
-        ConfigError: a bidirectional layer, or a budget that has no effect or is too small.
+        ConfigError: a bidirectional layer, a budget that has no effect or is too small, or auto without max_len.
     """
 
     def __init__(
@@ -49,7 +50,13 @@ class Cache:
         self.spec, self.dtype, self.max_len, self.rollback = spec, dtype, max_len, rollback
         self.device = torch.empty(0, device=device).device
         self.rows = Rows(batch)
-        attns = [block.attention for block in spec.blocks]
+        if spec.unsettled and max_len is None:
+            raise ConfigError(
+                "self_extend_group=auto is settled once, by the length to come, so that any cut of a sequence gives the same; "
+                "open the cache with max_len=tokens"
+            )
+        self.settled = spec.settled(max_len) if spec.unsettled else spec
+        attns = [block.attention for block in self.settled.blocks]
         self.kinds = kinds(spec, kv_budget=kv_budget, rollback=rollback, full_len=max_len if full_len is None else full_len)
         # layers that keep the same tokens share one table of positions; F may be kept or not
         self._slots: dict[tuple[int | None, int], Slots] = {}

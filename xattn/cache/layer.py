@@ -4,16 +4,17 @@ Letters: s slots; u versions of F, the newest and one for each token that can be
 """
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from xattn.cache.kind import Kind
+from xattn.cache.kind import Kind, keys_are_turned
 from xattn.cache.rows import Chunk
 from xattn.cache.slots import Place, Slots, grown
 from xattn.ops.layout import Layout
 from xattn.spec.model import AttentionSpec
+from xattn.spec.positions import NoPositions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +33,9 @@ class LayerCache:
     def __init__(
         self, kind: Kind, attn: AttentionSpec, slots: Slots, *, batch: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.kind, self.slots = kind, slots
+        self.kind, self.slots, self.spec = kind, slots, attn
+        # what is left of the spec for queries and keys that are turned already
+        self.turned_spec = replace(attn, positions=NoPositions()) if keys_are_turned(attn) else None
         shape = (batch, attn.kv_heads, 0, attn.dim_head)
         self.k_bgsd, self.v_bgsd = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         votes = torch.promote_types(dtype, torch.float32)

@@ -45,12 +45,15 @@ class Reader:
     Args:
         net: a `TransformerWrapper`. cache: where it keeps what it has read; None reads everything anew each time.
         prefill_chunk: tokens read at a time, with a cache (default: all that are given).
+        max_len: tokens that there will be in all, where no cache knows it.
     """
 
     def __init__(
-        self, net: nn.Module, *, cache: Cache | None, extrapolate: bool = False, prefill_chunk: int | None = None
-    ) -> None:
+        self, net: nn.Module, *, cache: Cache | None, extrapolate: bool = False, prefill_chunk: int | None = None,
+        max_len: int | None = None,
+    ) -> None:  # fmt: skip
         self.net, self.cache, self.extrapolate, self.prefill_chunk = net, cache, extrapolate, prefill_chunk
+        self.max_len = max_len
         self.ids_bt: Tensor | None = None
         self.mask_bt: Tensor | None = None
 
@@ -58,7 +61,7 @@ class Reader:
         """Logits (b v), float32 or better, of the token after these; the last slot of every row is a token."""
         self._keep(ids_bn, mask_bn)
         if self.cache is None:
-            logits_bnv = self.net(self.ids_bt, mask=self.mask_bt, extrapolate=self.extrapolate)
+            logits_bnv = self.net(self.ids_bt, mask=self.mask_bt, max_len=self.max_len, extrapolate=self.extrapolate)
         else:
             # the head is for the last token alone
             last = ids_bn.shape[1] - 1
@@ -116,4 +119,6 @@ def reader_for(
         cache = cache.repeat(batch // cache.batch)
     elif cache_kv:
         cache = net.cache(batch, kv_budget=kv_budget, max_len=max(total, 1))
-    return Reader(net, cache=cache, extrapolate=extrapolate, prefill_chunk=prefill_chunk)
+    return Reader(
+        net, cache=cache, extrapolate=extrapolate, prefill_chunk=prefill_chunk, max_len=None if cache_kv else max(total, 1)
+    )

@@ -1,6 +1,5 @@
 """The attention module: projections and learned extras around `attend`, with a cache or without."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +7,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from xattn.cache.kind import keys_are_turned
 from xattn.cache.layer import LayerCache
 from xattn.nn.norm import norm
 from xattn.ops.attention import attend
@@ -16,8 +14,7 @@ from xattn.ops.backends import choose
 from xattn.ops.layout import Layout
 from xattn.ops.memory import live_keys
 from xattn.ops.rotary import turned
-from xattn.spec.model import AttentionSpec
-from xattn.spec.positions import NoPositions
+from xattn.spec.model import EVER, AttentionSpec
 
 
 class Attention(nn.Module):
@@ -30,10 +27,8 @@ class Attention(nn.Module):
 
     def __init__(self, spec: AttentionSpec, *, dim: int, qk_rmsnorm: bool = False, attn_backend: str = "auto") -> None:
         super().__init__()
-        choose(spec, attn_backend)
+        choose(spec.settled(EVER), attn_backend)
         self.spec, self.attn_backend = spec, attn_backend
-        # what is left of the spec for queries and keys that are turned already
-        self.turned_spec = replace(spec, positions=NoPositions()) if keys_are_turned(spec) else None
         self.to_q = nn.Linear(dim, spec.heads * spec.dim_head, bias=False)
         self.to_k = nn.Linear(dim, spec.kv_heads * spec.dim_head, bias=False)
         self.to_v = nn.Linear(dim, spec.kv_heads * spec.dim_head, bias=False)
@@ -42,8 +37,14 @@ class Attention(nn.Module):
         self.k_norm = norm(spec.dim_head, rms=True) if qk_rmsnorm else nn.Identity()
         self.sink_logits = nn.Parameter(torch.zeros(spec.heads)) if spec.sink_logits else None
 
-    def forward(self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        """(b n m) -> (b n m); layout says where each slot stands, cache holds the tokens before them."""
+    def forward(
+        self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None, *, max_len: int | None = None
+    ) -> Tensor:
+        """(b n m) -> (b n m); layout says where each slot stands, cache holds the tokens before them.
+
+        max_len: tokens that the sequence will have in all, for self_extend_group=auto (default: the slots given); a cache
+        knows its own.
+        """
         d = self.spec.dim_head
         q_bhid, k_bgjd, v_bgjd = (
             rearrange(to(x_bnm), "b n (h d) -> b h n d", d=d) for to in (self.to_q, self.to_k, self.to_v)
@@ -51,14 +52,18 @@ class Attention(nn.Module):
         # a norm may leave autocast's dtype, and attention takes one dtype
         q_bhid, k_bgjd = self.q_norm(q_bhid).to(v_bgjd.dtype), self.k_norm(k_bgjd).to(v_bgjd.dtype)
         if cache is None:
-            out_bhid = attend(q_bhid, k_bgjd, v_bgjd, spec=self.spec, layout=layout, **self._extras())
+            spec = self._settled(layout, max_len)
+            out_bhid = attend(q_bhid, k_bgjd, v_bgjd, spec=spec, layout=layout, **self._extras())
         else:
             out_bhid = self._go_on(q_bhid, k_bgjd, v_bgjd, layout, cache)
         return self.to_out(rearrange(out_bhid, "b h i d -> b i (h d)"))
 
-    def live_keys(self, x_bnm: Tensor, layout: Layout) -> Tensor:
+    def _settled(self, layout: Layout, max_len: int | None) -> AttentionSpec:
+        return self.spec.settled(layout.n if max_len is None else max_len)
+
+    def live_keys(self, x_bnm: Tensor, layout: Layout, *, max_len: int | None = None) -> Tensor:
         """The most keys that any query of a row needs (b,), by the votes of the selecting head; see `xattn.ops.memory`."""
-        spec, head = self.spec, self.spec.selection.sim_head
+        spec, head = self._settled(layout, max_len), self.spec.selection.sim_head
         group = head * spec.kv_heads // spec.heads
         q_bid, k_bjd = (
             linear(x_bnm, rearrange(to.weight, "(h d) m -> h d m", d=spec.dim_head)[at])
@@ -72,11 +77,11 @@ class Attention(nn.Module):
 
     def _go_on(self, q_bhid: Tensor, k_bgid: Tensor, v_bgid: Tensor, layout: Layout, cache: LayerCache) -> Tensor:
         """Attends to what the cache holds and to the call's own keys, and leaves those in the cache."""
-        spec = self.spec
-        if self.turned_spec is not None:
+        spec = cache.spec
+        if cache.turned_spec is not None:
             # a key is turned once, on entering, never again
             q_bhid, k_bgid = (turned(x, spec.positions, layout) for x in (q_bhid, k_bgid))
-            q_bhid, spec = q_bhid * spec.positions.temperature, self.turned_spec
+            q_bhid, spec = q_bhid * spec.positions.temperature, cache.turned_spec
         view = cache.extend(k_bgid, v_bgid)
         more = {} if view.carry_bj is None else {"carry_bj": view.carry_bj, "carry_rows": cache.carry_rows}
         out = attend(

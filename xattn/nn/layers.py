@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xattn.cache.cache import Cache
 from xattn.cache.layer import LayerCache
-from xattn.errors import ConfigError
+from xattn.errors import ConfigError, TokenError
 from xattn.nn.attention import Attention
 from xattn.nn.feedforward import FeedForward
 from xattn.nn.norm import norm
@@ -17,7 +17,7 @@ from xattn.ops.backends import choose, rejected
 from xattn.ops.layout import Layout
 from xattn.shapes import sizes
 from xattn.spec.flags import layer_flags, parse_layers
-from xattn.spec.model import BlockSpec, LayersSpec
+from xattn.spec.model import EVER, AttentionSpec, BlockSpec, LayersSpec
 
 
 class Residual(nn.Module):
@@ -31,9 +31,9 @@ class Residual(nn.Module):
         self.branch_norm = norm(dim, rms=rms) if layers.sandwich_norm else nn.Identity()
         self.post_norm = nn.Identity() if layers.pre_norm else norm(dim, rms=rms)
 
-    def forward(self, x_bnm: Tensor, *args: Any) -> Tensor:
+    def forward(self, x_bnm: Tensor, *args: Any, **more: Any) -> Tensor:
         """(b n m) -> (b n m)."""
-        return self.post_norm(x_bnm + self.branch_norm(self.branch(self.pre_norm(x_bnm), *args)))
+        return self.post_norm(x_bnm + self.branch_norm(self.branch(self.pre_norm(x_bnm), *args, **more)))
 
 
 class Block(nn.Module):
@@ -48,11 +48,14 @@ class Block(nn.Module):
         self.ff = Residual(FeedForward(spec.feedforward, dim=layers.dim), layers)
 
     def forward(
-        self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None, *, count_live: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None, *, count_live: bool = False,
+        max_len: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """(b n m) -> (b n m), and with count_live the keys that selective attention still needs (b,)."""
-        out_bnm = self.ff(self.attn(x_bnm, layout, cache))
-        return (out_bnm, self.attn.branch.live_keys(self.attn.pre_norm(x_bnm), layout)) if count_live else out_bnm
+        out_bnm = self.ff(self.attn(x_bnm, layout, cache, max_len=max_len))
+        if not count_live:
+            return out_bnm
+        return out_bnm, self.attn.branch.live_keys(self.attn.pre_norm(x_bnm), layout, max_len=max_len)
 
 
 class AttentionLayers(nn.Module):
@@ -100,6 +103,7 @@ class AttentionLayers(nn.Module):
         doc_ids: Tensor | None = None,
         layout: Layout | None = None,
         cache: Cache | None = None,
+        max_len: int | None = None,
         return_live: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(b n m) -> (b n m).
@@ -108,9 +112,11 @@ class AttentionLayers(nn.Module):
             mask: bool (b n), True where there is a token. doc_ids: int (b n), runs of equal ids are documents.
             layout: the two above already made into a layout (by `cache.begin`, with a cache); give it instead of them.
             cache: the tokens before these, which it takes in; changed in place.
+            max_len: tokens that the sequences will have in all, which settles self_extend_group=auto (default: n).
             return_live: also return the share of a row's tokens (b,) that selective layers still need as keys, on average.
         """
         b, n = sizes({"m": self.spec.dim}, x=(x_bnm, "b n m"))["b"], x_bnm.shape[1]
+        self.check_max_len(max_len, n, cache)
         if layout is None and cache is not None:
             layout = cache.begin(self.spec, x_bnm, dtype=self.key_dtype, mask=mask, doc_ids=doc_ids)
         elif layout is None:
@@ -123,7 +129,7 @@ class AttentionLayers(nn.Module):
         for block, spec, store in zip(self.blocks, self.spec.blocks, stores, strict=True):
             count = return_live and spec.attention.selection is not None
             run = partial(checkpoint, block, use_reentrant=False) if again else block
-            x_bnm = run(x_bnm, layout, store, count_live=count)
+            x_bnm = run(x_bnm, layout, store, count_live=count, max_len=max_len)
             if count:
                 x_bnm, live_b = x_bnm
                 live.append(live_b)
@@ -136,6 +142,16 @@ class AttentionLayers(nn.Module):
             raise ConfigError("return_live counts the keys of selective layers, and no layer has attn_selective")
         return x_bnm, torch.stack(live).mean(dim=0) / (layout.pos_bn >= 0).sum(dim=1).clamp(min=1)
 
+    @staticmethod
+    def check_max_len(max_len: int | None, n: int, cache: Cache | None) -> None:
+        """Raises where max_len says less than n tokens (TokenError), or where a cache has its own (ConfigError)."""
+        if max_len is None:
+            return
+        if cache is not None:
+            raise ConfigError(f"max_len={max_len} has no effect with a cache, which has its own ({cache.max_len}); drop it")
+        if max_len < n:
+            raise TokenError(f"max_len={max_len} is less than the {n} tokens given")
+
     @property
     def key_dtype(self) -> torch.dtype:
         """The dtype that keys and values have now: the weights', or autocast's where it is on."""
@@ -143,28 +159,34 @@ class AttentionLayers(nn.Module):
         kind = weight.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
-    def backends(self) -> list[dict[str, Any]]:
+    def backends(self, max_len: int | None = None) -> list[dict[str, Any]]:
         """One row a layer, for the device that the model is on now: layer, flags, backend, packed, and rejected.
 
         packed: the back-end of batches with documents or padding. rejected: name -> why it cannot serve the layer.
+        max_len: tokens of a sequence, for which self_extend_group=auto is settled: the flags then say what it chose.
         """
         device = next(self.parameters()).device.type
+        spec = self.spec if max_len is None else self.spec.settled(max_len)
+        attns = [block.attention.settled(EVER) for block in spec.blocks]
         return [
             {
                 "layer": i,
                 "flags": layer_flags(block),
-                "backend": choose(block.attention, self.attn_backend, device).name,
-                "packed": choose(block.attention, self.attn_backend, device, plain=False).name,
-                "rejected": rejected(block.attention, device_type=device),
+                "backend": choose(attn, self.attn_backend, device).name,
+                "packed": choose(attn, self.attn_backend, device, plain=False).name,
+                "rejected": rejected(attn, device_type=device),
             }
-            for i, block in enumerate(self.spec.blocks)
+            for i, (block, attn) in enumerate(zip(spec.blocks, attns, strict=True))
         ]
 
-    def explain(self) -> str:
-        """A table, layer by layer: attention flags, back-end, and why the others lost; equal layers share a line."""
+    def explain(self, max_len: int | None = None) -> str:
+        """A table, layer by layer: attention flags, back-end, and why the others lost; equal layers share a line.
+
+        self_extend_group=auto is shown as it is settled for max_len tokens; without, a line below says what it chooses.
+        """
         lines = [("layers", "backend", "attention flags", "why not the others")]
         runs: list[tuple[list[int], tuple[str, str, str]]] = []
-        for row in self.backends():
+        for row in self.backends(max_len):
             flags = ", ".join(f"{k}={v}" for k, v in row["flags"].items() if not k.startswith("ff_"))
             lost = "; ".join(f"{name} {why}" for name, why in row["rejected"].items()) or "-"
             name = row["backend"] if row["packed"] == row["backend"] else f"{row['backend']} (packed: {row['packed']})"
@@ -173,7 +195,11 @@ class AttentionLayers(nn.Module):
             runs[-1][0].append(row["layer"])
         lines += [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), *cells) for run, cells in runs]
         widths = [max(len(line[column]) for line in lines) for column in range(3)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)) + "  " + line[3] for line in lines)  # noqa: B905
+        table = ["  ".join(c.ljust(w) for c, w in zip(line, widths)) + "  " + line[3] for line in lines]  # noqa: B905
+        if max_len is None:
+            # layers that choose alike say so once
+            table += dict.fromkeys(_choices(b.attention) for b in self.spec.blocks if b.attention.unsettled)
+        return "\n".join(table)
 
 
 class Decoder(AttentionLayers):
@@ -190,6 +216,17 @@ class Encoder(AttentionLayers):
     """A bidirectional stack; flags and errors as `Decoder`, and sliding_window reaches both sides."""
 
     causal = False
+
+
+def _choices(attn: AttentionSpec) -> str:
+    """What self_extend_group=auto chooses in a layer, for some lengths."""
+    trained = attn.positions.self_extend_trained_len
+    told = []
+    for times in (2, 4, 8):
+        chosen = attn.settled(times * trained).positions
+        group, window = (getattr(chosen, f"self_extend_{name}", None) for name in ("group", "window"))
+        told.append(f"{f'group {group}, window {window}' if group else 'plain rotary'} at {times * trained:,}")
+    return f"self_extend_group=auto, trained length {trained:,}: {'; '.join(told)} tokens"
 
 
 def layout_of(b: int, n: int, like: Tensor, *, mask: Tensor | None, doc_ids: Tensor | None) -> Layout:

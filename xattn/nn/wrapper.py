@@ -78,6 +78,7 @@ class TransformerWrapper(nn.Module):
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
         cache: Cache | None = None,
+        max_len: int | None = None,
         return_embeddings: bool = False,
         return_live: bool = False,
         extrapolate: bool = False,
@@ -89,8 +90,9 @@ class TransformerWrapper(nn.Module):
             doc_ids: int (b n); runs of equal ids are documents, which neither see each other nor share positions.
             cache: the tokens before these, from `self.cache`; takes these in, in place. Without doc_ids each row's document
                 goes on; with a mask, rows may have had different numbers of tokens.
+            max_len: tokens that the sequences will have in all, which settles self_extend_group=auto (default: n).
             return_live: also return the share of a row's tokens (b,) that selective layers still need as keys, on average.
-            extrapolate: let a sequence be longer than max_seq_len; impossible with learned positions.
+            extrapolate: let a sequence be longer than `max_positions()`; impossible with learned positions.
         Raises:
             ConfigError: a cache opened for other flags, another batch, dtype or device, or with gradients on.
             TokenError: too long a sequence, or (checked on the CPU) an id outside the vocabulary.
@@ -98,13 +100,15 @@ class TransformerWrapper(nn.Module):
         if ids_bn.ndim != 2:
             raise TokenError(f"ids have shape {tuple(ids_bn.shape)}; they must be (batch, sequence)")
         b, n = ids_bn.shape
-        self.check_length(n if cache is None else cache.rows.reach + n, extrapolate=extrapolate)
+        self.check_length(max(n, max_len or 0) if cache is None else cache.rows.reach + n, extrapolate=extrapolate)
         self._check_ids(ids_bn)
+        self.attn_layers.check_max_len(max_len, n, cache)
         if cache is None:
             layout = layout_of(b, n, ids_bn, mask=mask, doc_ids=doc_ids)
         else:
             layout = cache.begin(self.spec.layers, ids_bn, dtype=self.attn_layers.key_dtype, mask=mask, doc_ids=doc_ids)
-        x_bnm = self.attn_layers(self._embed(ids_bn, layout), layout=layout, cache=cache, return_live=return_live)
+        how = {"layout": layout, "cache": cache, "max_len": max_len, "return_live": return_live}
+        x_bnm = self.attn_layers(self._embed(ids_bn, layout), **how)
         x_bnm, live = x_bnm if return_live else (x_bnm, None)
         out = x_bnm if return_embeddings else linear(x_bnm, self.head_vm)
         return (out, live) if return_live else out
@@ -123,6 +127,7 @@ class TransformerWrapper(nn.Module):
         Args:
             dtype: of keys and values (default: the parameters', or autocast's where it is on).
             kv_budget: keys that selective layers keep; a fraction is one of max_len, or of the model's max_seq_len.
+            max_len: tokens a row that it is allocated for and refuses to exceed; self_extend_group=auto is settled by it.
         """
         return Cache(
             self.spec.layers, batch, dtype=self.attn_layers.key_dtype if dtype is None else dtype, device=self.head_vm.device,
@@ -138,14 +143,25 @@ class TransformerWrapper(nn.Module):
 
     def check_length(self, n: int, *, extrapolate: bool = False) -> None:
         """Raises TokenError when n tokens are more than the model may be given."""
-        longest = self.spec.max_seq_len
-        if n <= longest or (extrapolate and self.pos_emb is None):
+        longest = self.max_positions()
+        if longest is None or n <= longest or (extrapolate and self.pos_emb is None):
             return
+        rotary = any("rotary_pos_emb" in block.attention.features for block in self.spec.layers.blocks)
         cure = (
             "its learned positions end there (use_abs_pos_emb=True)" if self.pos_emb is not None
             else "pass extrapolate=True to go beyond the trained length on purpose"
+            + (", or extend it with self_extend_group='auto'" if rotary else "")
         )  # fmt: skip
-        raise TokenError(f"the sequence has {n} tokens, and max_seq_len={longest}: {cure}")
+        reach = f"max_seq_len={self.spec.max_seq_len}"
+        reach += "" if longest == self.spec.max_seq_len else f", extended to {longest}"
+        raise TokenError(f"the sequence has {n} tokens, and {reach}: {cure}")
+
+    def max_positions(self) -> int | None:
+        """Tokens of a sequence that it reaches without meeting distances it was not trained for; None for no limit.
+
+        max_seq_len, or what rope_scaling and Self-Extend make of it in the layer that reaches least.
+        """
+        return self.spec.max_positions()
 
     def _check_ids(self, ids_bn: Tensor) -> None:
         # on a GPU reading the ids would wait for the device; there the embedding's own device assert speaks
@@ -158,13 +174,13 @@ class TransformerWrapper(nn.Module):
                 f"(num_tokens={self.spec.num_tokens})"
             )
 
-    def backends(self) -> list[dict[str, Any]]:
-        """One row a layer: layer, flags, backend, rejected (name -> why)."""
-        return self.attn_layers.backends()
+    def backends(self, max_len: int | None = None) -> list[dict[str, Any]]:
+        """One row a layer: layer, flags (with max_len as settled for it), backend, rejected (name -> why)."""
+        return self.attn_layers.backends(max_len)
 
-    def explain(self) -> str:
-        """A table, layer by layer: attention flags, back-end, and why the others lost."""
-        return self.attn_layers.explain()
+    def explain(self, max_len: int | None = None) -> str:
+        """A table, layer by layer: attention flags, back-end, and why the others lost; max_len: for that many tokens."""
+        return self.attn_layers.explain(max_len)
 
     def with_flags(self, **overrides: Any) -> "TransformerWrapper":
         """The same parameters (shared, not copied) under other flags, as in `with_flags(self_extend_group=8, ...)`.

@@ -11,6 +11,7 @@ from xattn.errors import ConfigError, FlagWarning, unknown
 from xattn.spec.model import AttentionSpec, BlockSpec, FeedForwardSpec, LayersSpec, ModelSpec
 from xattn.spec.part import PARTS, Flag, Part, flags_of, require
 from xattn.spec.pattern import Pattern
+from xattn.spec.positions import AUTO
 
 SPELLINGS = {
     "depth": Flag(name="depth", type=int, default=None, help="number of layers", per_layer=False),
@@ -32,6 +33,8 @@ SPELLINGS = {
     ),
 }
 MODEL_ONLY = tuple(flags_of(ModelSpec))
+# flags that hold the trained length, and the value of which flag asks for it
+TRAINED_LEN = {"rope_original_len": ("rope_scaling", "yarn"), "self_extend_trained_len": ("self_extend_group", AUTO)}
 REQUIRED = ("dim", "depth", "num_tokens", "max_seq_len")
 
 
@@ -59,14 +62,20 @@ def parse(flags: Mapping[str, Any]) -> ModelSpec:
     model = {name: given.pop(name) for name in MODEL_ONLY if name in given}
     for name in ("num_tokens", "max_seq_len"):
         require(name in model, f"{name} is missing; a model needs {', '.join(REQUIRED)}")
-    # yarn is defined by the trained length, which a whole model knows
-    scaling = given.get("rope_scaling")
-    if "rope_original_len" not in given and scaling is not None:
-        scalings = scaling if isinstance(scaling, list) else [scaling]
-        lengths = [model["max_seq_len"] if s == "yarn" else None for s in scalings]
-        if any(lengths):
-            given["rope_original_len"] = lengths if isinstance(scaling, list) else lengths[0]
+    _give_trained_len(given, model["max_seq_len"])
     return ModelSpec(layers=parse_layers(given, causal=causal), **model)
+
+
+def _give_trained_len(given: dict[str, Any], trained: int) -> None:
+    """Fills in the trained length, which a whole model knows, for the flags that are defined by it, where it is not given."""
+    for name, (switch, word) in TRAINED_LEN.items():
+        values = given.get(switch)
+        if word in _listed(values) and name not in given:
+            given[name] = [trained if v == word else None for v in values] if isinstance(values, list) else trained
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def parse_layers(flags: Mapping[str, Any], *, causal: bool) -> LayersSpec:
@@ -275,10 +284,12 @@ def merge(spec: ModelSpec, overrides: Mapping[str, Any]) -> dict[str, Any]:
     dropped = {names.get(name, name) for name, value in overrides.items() if value is None}
     canonical(dict.fromkeys(overrides))
     given = canonical(overrides)
-    if given.get("rope_scaling") == "yarn":
-        # the length the weights know, whatever max_seq_len becomes
-        given.setdefault("rope_original_len", spec.max_seq_len)
-    merged = {name: value for name, value in {**trained, **given}.items() if name not in dropped}
+    # the length that the weights know, whatever max_seq_len becomes; it goes when a new value of its switch has no use for it
+    known = [n for name in TRAINED_LEN for n in _listed(trained.get(name)) if n is not None]
+    _give_trained_len(given, known[0] if known else spec.max_seq_len)
+    stale = {name for name, (switch, _) in TRAINED_LEN.items() if switch in given and name not in given}
+    kept = {name: value for name, value in trained.items() if name not in stale}
+    merged = {name: value for name, value in {**kept, **given}.items() if name not in dropped}
     # a flag that came with the weights goes when its gate goes
     while closed := [n for n in merged if n not in given and table[n].gate and not on(merged.get(table[n].gate))]:
         for name in closed:

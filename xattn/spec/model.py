@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,13 +70,35 @@ class AttentionSpec:
             )
         window = self.pattern.sliding_window
         if isinstance(self.positions, SelfExtend) and window is not None:
-            near = self.positions.self_extend_window
+            near = self.positions.near
+            if self.positions.unsettled and self.pattern.sink_tokens == 0:
+                trained = self.positions.stretched(self.positions.self_extend_trained_len)
+                require(
+                    trained < window,
+                    f"self_extend_group=auto has no effect: sliding_window={window} shows nothing beyond the trained length, "
+                    f"{trained}; give self_extend_group a list with None for the windowed layers",
+                )
             require(
                 near < window,
                 f"self_extend_group={self.positions.self_extend_group} has no effect: self_extend_window={near} covers "
                 f"everything that sliding_window={window} shows; make it smaller, or give self_extend_group a list "
                 "with None for the windowed layers",
             )
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the length to come must be known before this layer can run: self_extend_group=auto."""
+        return self.positions.unsettled
+
+    def settled(self, n: int) -> "AttentionSpec":
+        """The layer for sequences of at most n tokens, all calls of one sequence together; itself unless it is unsettled."""
+        return _settled(self, n) if self.unsettled else self
+
+    def max_positions(self, trained: int) -> int | None:
+        """Tokens of a sequence whose distances are all known to a model trained at that length; None for no limit."""
+        window = self.pattern.sliding_window
+        within = window is not None and window <= trained and self.pattern.sink_tokens == 0
+        return None if within else self.positions.max_positions(trained)
 
     @property
     def scale(self) -> float:
@@ -102,6 +125,17 @@ class AttentionSpec:
         if self.selection is not None:
             yield self.selection
         yield self.normaliser
+
+
+# a length that stands for any: what a back-end must honour does not depend on how far self_extend_group=auto goes
+EVER = 1 << 40
+
+
+@lru_cache(maxsize=256)
+def _settled(spec: AttentionSpec, n: int) -> AttentionSpec:
+    # a window without sinks shows no distance beyond it
+    far = n if spec.pattern.sliding_window is None or spec.pattern.sink_tokens else min(n, spec.pattern.sliding_window)
+    return replace(spec, positions=spec.positions.settled(far))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +196,29 @@ class LayersSpec:
         return all(block.attention.pattern.causal for block in self.blocks)
 
     @property
+    def unsettled(self) -> bool:
+        """Whether any layer needs the length to come; see `AttentionSpec.unsettled`."""
+        return any(block.attention.unsettled for block in self.blocks)
+
+    def settled(self, n: int) -> "LayersSpec":
+        """The stack for sequences of at most n tokens; itself unless it is unsettled."""
+        if not self.unsettled:
+            return self
+        blocks = tuple(replace(block, attention=block.attention.settled(n)) for block in self.blocks)
+        return replace(self, blocks=blocks)
+
+    def max_positions(self, trained: int) -> int | None:
+        """Tokens of a sequence whose distances are all known to every layer; None for no limit.
+
+        Without rope_scaling or Self-Extend in any layer it is the trained length, whatever windows or ALiBi may allow.
+        """
+        extended = {"rope_scaling", "self_extend_group"}
+        if not any(extended & block.attention.features for block in self.blocks):
+            return trained
+        reached = [block.attention.max_positions(trained) for block in self.blocks]
+        return min((n for n in reached if n is not None), default=None)
+
+    @property
     def orders_tokens(self) -> bool:
         """Whether any layer has rotary positions or ALiBi, so that learned positions are not needed."""
         names = {part.switch.name for block in self.blocks for part in block.attention.parts() if part.switch}
@@ -197,3 +254,7 @@ class ModelSpec:
         require(0 <= self.emb_dropout < 1, f"emb_dropout={self.emb_dropout} must be in [0, 1)")
         if self.use_abs_pos_emb is None:
             object.__setattr__(self, "use_abs_pos_emb", not self.layers.orders_tokens)
+
+    def max_positions(self) -> int | None:
+        """Tokens of a sequence that the model reaches without meeting distances it was not trained for; None for no limit."""
+        return self.max_seq_len if self.use_abs_pos_emb else self.layers.max_positions(self.max_seq_len)

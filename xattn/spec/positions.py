@@ -4,7 +4,7 @@ Letters: x any of q or k, r the rotated width of a head.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,8 @@ from xattn.spec.part import Flag, Part, flag, part, require
 ROPE_SCALINGS = ("linear", "ntk", "yarn")
 # YaRN's ramp: pairs that turn fewer than 1 time over the trained length are stretched, more than 32 times are kept.
 YARN_ALPHA, YARN_BETA = 1.0, 32.0
+# a group that is chosen for the length to come
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,19 @@ class NoPositions(Part):
     def distance(self, pos_bi: Tensor, pos_bj: Tensor) -> Tensor:
         """How far each key lies behind each query, as this family counts it: (b i j), negative when ahead."""
         return pos_bi[:, :, None] - pos_bj[:, None, :]
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the length to come must be known before it means anything; see `settled`."""
+        return False
+
+    def settled(self, n: int) -> "NoPositions":
+        """What it is for sequences of at most n tokens, all calls of one sequence together."""
+        return self
+
+    def max_positions(self, trained: int) -> int | None:
+        """Tokens of a sequence whose distances all are ones that a model trained at that length knows; None for no limit."""
+        return None
 
 
 @part(
@@ -92,6 +107,13 @@ class Rope(NoPositions):
             f"rope_original_len={length} has no effect: rope_scaling={self.rope_scaling} does not use it; drop it",
         )
 
+    def max_positions(self, trained: int) -> int | None:
+        return self.stretched(trained)
+
+    def stretched(self, trained: int) -> int:
+        """The trained length as rope_scaling stretches it."""
+        return trained if self.rope_scaling is None else int(trained * self.rope_scaling_factor)
+
     @property
     def temperature(self) -> float:
         """What the logits are multiplied by: (0.1 ln s + 1)^2 for YaRN, else 1."""
@@ -148,46 +170,111 @@ class SelfExtend(Rope):
     model takes |D| and the mirrored shift for keys ahead. Choose G so that the largest r stays below the trained length L:
     n <= (L - w) * G + w, with 2-4 times that G working better than the tightest.
 
-    Source: arXiv 2401.01325 §3, figure 4. Differs: floor division everywhere (the reference code has `/` at some sites).
+    G = "auto" leaves G, and w unless it is given, to `settled(n)`, once n is known: the authors' rule, with w = L / 4, the
+    smallest power of two that has w + (n - w) / G < 2 L / 3, w brought down to a multiple of it. Up to L it is plain RoPE.
+
+    Source: arXiv 2401.01325 §3, figure 4; the rule: README of the authors' code (they give the bound as 1/2 to 2/3 of L).
+    Differs: floor division everywhere (the reference code has `/` at some sites).
     """
 
-    self_extend_group: int | None = flag(
-        int, None, "Self-Extend: keys beyond the neighbour window share positions in groups of this size",
-        gate="rotary_pos_emb", inference=True,
-    )
+    self_extend_group: int | str | None = flag(
+        int, None, "Self-Extend: keys beyond the neighbour window share positions in groups of this size; 'auto' chooses it, "
+        "and the window, for the length to come", gate="rotary_pos_emb", words=(AUTO,), inference=True,
+    )  # fmt: skip
     self_extend_window: int | None = flag(
         int, None, "Self-Extend: neighbour window, distances below it stay exact (a quarter of the trained length is usual)",
+        gate="self_extend_group", inference=True,
+    )
+    self_extend_trained_len: int | None = flag(
+        int, None, "trained length in tokens (self_extend_group=auto; a whole model takes its max_seq_len)",
         gate="self_extend_group", inference=True,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        group, window = self.self_extend_group, self.self_extend_window
+        group, window, trained = self.self_extend_group, self.self_extend_window, self.self_extend_trained_len
+        if group == AUTO:
+            self._check_auto()
+            return
         require(group is not None and group >= 1, f"self_extend_group={group} must be at least 1 (1 is plain rotary)")
         require(
             window is not None and window >= 1,
             f"self_extend_group={group} with self_extend_window={window}; give a neighbour window of at least 1, "
-            "a quarter of the trained length is usual",
+            "a quarter of the trained length is usual, or self_extend_group=auto",
         )
+        require(
+            trained is None,
+            f"self_extend_trained_len={trained} has no effect: self_extend_group={group} is a number; drop it, or use auto",
+        )
+
+    def _check_auto(self) -> None:
+        window, trained = self.self_extend_window, self.self_extend_trained_len
+        require(
+            trained is not None and trained >= 4,
+            f"self_extend_group=auto with self_extend_trained_len={trained}; give the length in tokens (4 or more) that the "
+            "weights are trained at",
+        )
+        most = (2 * self.stretched(trained) - 1) // 3
+        require(
+            window is None or 1 <= window <= most,
+            f"self_extend_window={window} leaves self_extend_group=auto no group for a trained length of {trained}; give 1 to "
+            f"{most}, or none for a quarter of the trained length",
+        )
+
+    @property
+    def unsettled(self) -> bool:
+        return self.self_extend_group == AUTO
+
+    @property
+    def near(self) -> int:
+        """The neighbour window, or for auto the widest that it may choose."""
+        window = self.self_extend_window
+        return self.stretched(self.self_extend_trained_len) // 4 if window is None else window
+
+    def settled(self, n: int) -> Rope:
+        """For auto the group and window of sequences of at most n tokens; plain RoPE up to the trained length.
+
+        Differs: from the rule by whole powers of two, so that G divides w and lengths that differ little share a group.
+        """
+        if not self.unsettled:
+            return self
+        plain = {f.name: getattr(self, f.name) for f in fields(Rope)}
+        trained, near = self.stretched(self.self_extend_trained_len), self.near
+        if n <= trained:
+            return Rope(**plain)
+        least = 3 * (n - near) // (2 * trained - 3 * near) + 1
+        group = 1 << (least - 1).bit_length()
+        if self.self_extend_window is None and group <= near:
+            near -= near % group
+        return SelfExtend(**plain, self_extend_group=group, self_extend_window=near)
 
     @property
     def shift(self) -> int:
         """w - w // G: what joins the grouped zone to the exact one."""
         return self.self_extend_window - self.self_extend_window // self.self_extend_group
 
-    def max_positions(self, trained: int) -> int:
+    def max_positions(self, trained: int) -> int | None:
         """Tokens of a sequence whose largest distance stays below the trained length: (L - w + w // G) * G.
 
-        (L - w) * G + w where G divides w; a window of L or more leaves L.
+        (L - w) * G + w where G divides w; a window of L or more leaves L. None for auto, which finds a group for any length.
         """
-        window, group = self.self_extend_window, self.self_extend_group
+        if self.unsettled:
+            return None
+        trained, window, group = self.stretched(trained), self.self_extend_window, self.self_extend_group
         return max(trained, (trained - window + window // group) * group) if window < trained else trained
+
+    def _refuse_unsettled(self) -> None:
+        require(
+            not self.unsettled,
+            "self_extend_group=auto means nothing until the length to come is known; use spec.settled(length)",
+        )
 
     def grouped(self, pos: Tensor) -> Tensor:
         """Positions counted in groups."""
         return pos.div(self.self_extend_group, rounding_mode="floor")
 
     def distance(self, pos_bi: Tensor, pos_bj: Tensor) -> Tensor:
+        self._refuse_unsettled()
         near = super().distance(pos_bi, pos_bj)
         far = super().distance(self.grouped(pos_bi), self.grouped(pos_bj))
         return self.merge(near, near, far + self.shift, far - self.shift)
@@ -198,6 +285,7 @@ class SelfExtend(Rope):
         return torch.where(distance >= window, behind, torch.where(distance <= -window, ahead, near))
 
     def logits(self, q_bhid: Tensor, k_bhjd: Tensor, pos_bi: Tensor, pos_bj: Tensor) -> Tensor:
+        self._refuse_unsettled()
         far_bi, far_bj = self.grouped(pos_bi), self.grouped(pos_bj)
         near = super().logits(q_bhid, k_bhjd, pos_bi, pos_bj)
         behind = super().logits(q_bhid, k_bhjd, far_bi + self.shift, far_bj)
