@@ -18,6 +18,7 @@ from xattn.experiments.compose import check_flags, command_line, hydra_main, res
 from xattn.experiments.configfile import as_run
 from xattn.experiments.curve import measure_curves
 from xattn.experiments.curve_report import CSV, curve_csv, curve_notes, curve_tables, curves_of
+from xattn.experiments.decode import DECODED
 from xattn.experiments.gather import find_runs, gather
 from xattn.experiments.launch import launch, prepare, stopped
 from xattn.experiments.page import page
@@ -153,6 +154,8 @@ def _variant(config: CompareConfig, name: str, flags: Any, seed: int) -> RunConf
     run.model = {key: value for key, value in (run.model | (flags or {})).items() if value is not None}
     if config.extended is not None and name not in config.extended:
         run.eval.extensions = {}
+    if run.eval.decode.tokens is None:
+        run.eval.decode.tokens = DECODED if run.isolate and run.trainer.memory else 0
     run.tracking.group = run.tracking.group or config.study
     try:
         run.check()

@@ -5,20 +5,25 @@ xattn-eval run=runs/quick/dense-seed0 eval.flags.self_extend_group=8 eval.flags.
 
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import xattn
 from xattn import ConfigError
 from xattn.experiments import record
 from xattn.experiments.compose import check_flags, command_line, hydra_main, resolve
-from xattn.experiments.configfile import load_config
+from xattn.experiments.configfile import load_config, save_config
 from xattn.experiments.data import check_corpus
+from xattn.experiments.decode import DECODED
 from xattn.experiments.device import pick_device, pick_precision
 from xattn.experiments.judge import AS_TRAINED, judge_all
+from xattn.experiments.kv_budgets import judge_budgets
+from xattn.experiments.launch import probe_decode
 from xattn.experiments.outcome import backend_summary
 from xattn.experiments.record import say
-from xattn.experiments.schema import EvaluateConfig
+from xattn.experiments.schema import EvaluateConfig, RunConfig
 from xattn.experiments.sources import load_corpus
+from xattn.experiments.tables import MIB
 
 FOLDER = "evaluations"
 
@@ -63,7 +68,7 @@ def evaluate(asked: EvaluateConfig) -> dict[str, Any]:
     if not (run_dir / record.CONFIG).is_file() or not (run_dir / "model").is_dir():
         raise ConfigError(f"run={run_dir} is no finished run: it has no {record.CONFIG} with a model/ beside it")
     config = load_config(run_dir / record.CONFIG)
-    config.eval = asked.eval
+    config.eval, config.isolate = asked.eval, True
     config.check()
     check_flags(config)
     device = pick_device(config.trainer)
@@ -84,8 +89,11 @@ def evaluate(asked: EvaluateConfig) -> dict[str, Any]:
         device=device,
         precision=pick_precision(config.trainer, device),
     )
+    where = {"device": device, "precision": pick_precision(config.trainer, device)}
+    judged["kv_budgets"] = judge_budgets(model, corpus, asked.eval, seq_len=config.trainer.seq_len, **where)
+    judged["decode"] = _decoded(config)
     # Of the model with the evaluation-time flags: they may need another back-end than it was trained on.
-    backends = (model.with_flags(**asked.eval.flags) if asked.eval.flags else model).backends()
+    backends = (model.with_flags(**asked.eval.flags) if asked.eval.flags else model).backends(longest)
     path = Path(asked.out) if asked.out is not None else _next_path(run_dir / FOLDER)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"run": run_dir.name, "eval": asdict(asked.eval), "backends": backends}
@@ -93,6 +101,17 @@ def evaluate(asked: EvaluateConfig) -> dict[str, Any]:
     _show(judged, name=config.name, backend=backend_summary(backends), flags=asked.eval.flags)
     say(f"written: {path}")
     return judged
+
+
+def _decoded(config: RunConfig) -> dict[str, Any] | None:
+    """How the model decodes with the flags of this evaluation, from a process of its own."""
+    if config.eval.decode.tokens == 0:
+        return None
+    if config.eval.decode.tokens is None:
+        config.eval.decode.tokens = DECODED
+    with TemporaryDirectory() as folder:
+        save_config(config, Path(folder) / record.CONFIG)
+        return probe_decode(Path(folder))
 
 
 def _show(judged: dict[str, Any], *, name: str, backend: str, flags: dict[str, Any]) -> None:
@@ -112,6 +131,29 @@ def _show(judged: dict[str, Any], *, name: str, backend: str, flags: dict[str, A
             elif asked:
                 shares = ", ".join(f"{found['accuracy']:.0%} at depth {depth}" for depth, found in asked.items())
                 say(f"  {length:>6} tokens{label}: pass key found: {shares}")
+    for budget, entry in (judged["kv_budgets"] or {}).items():
+        if "error" in entry:
+            say(f"  kv_budget {budget}: not possible: {entry['error']}")
+        else:
+            say(f"  kv_budget {budget}: perplexity {entry['ppl']:.3f}, {entry['kv_bytes_per_token']:,.0f} KV bytes a token")
+    _show_decode(judged["decode"])
+
+
+def _show_decode(decode: dict[str, Any] | None) -> None:
+    if decode is None:
+        return
+    if "error" in decode:
+        say(f"  decoding: not possible: {decode['error']}")
+        return
+    for length, entry in decode["by_length"].items():
+        if "error" in entry:
+            say(f"  {length:>6} tokens, decoding: not possible: {entry['error']}")
+            continue
+        read, held = (entry[f"{name}_peak_bytes"] / MIB for name in ("prefill", "decode"))
+        say(
+            f"  {length:>6} tokens, decoding: {entry['tokens_per_second']:,.0f} tokens/s, peak {read:,.1f} MiB reading the "
+            f"prompt, {held:,.1f} decoding, {entry['kv_bytes_per_token']:,.0f} KV bytes a token"
+        )
 
 
 def _next_path(folder: Path) -> Path:

@@ -15,13 +15,14 @@ from xattn.experiments import record
 from xattn.experiments.configfile import differences, load_config, save_config
 from xattn.experiments.memory import KINDS, PROBE_ENVIRONMENT
 from xattn.experiments.progress import ASKED, following, on_terminal
-from xattn.experiments.record import CONFIG, MEMORY, say
+from xattn.experiments.record import CONFIG, DECODE, MEMORY, say
 from xattn.experiments.schema import RunConfig
 
 # What may change between a broken run and its continuation, because no number of the result depends on it by more than
 # the order of float additions (and, with dropout, on which rank draws which mask).
 _MAY_CHANGE = ("tracking.", "isolate", "trainer.log_every", "trainer.save_every", "trainer.keep_checkpoints",
-               "trainer.threads", "trainer.strategy", "trainer.processes", "trainer.sample", "eval.batch_tokens")  # fmt: skip
+               "trainer.threads", "trainer.strategy", "trainer.processes", "trainer.sample", "eval.batch_tokens",
+               "eval.decode")  # fmt: skip
 
 # Threads that spin for long while they wait take the cores from every other program, and where cores are shared from
 # each other: a step then takes up to ten times as long. Not spinning at all costs a third; this short spin costs nothing.
@@ -74,6 +75,13 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
             stop = (record.INTERRUPTED, "stopped before the first step, while memory was measured")
             return record.write_failure(run_dir, *stop, name=config.name, seed=config.seed, flags=config.model)
         record.write_json(run_dir / MEMORY, measured)
+    if config.eval.decode.tokens and not (run_dir / DECODE).exists():
+        say(f"{prefix}measuring decoding")
+        found = probe_decode(run_dir)
+        if stopped():
+            stop = (record.INTERRUPTED, "stopped before the first step, while decoding was measured")
+            return record.write_failure(run_dir, *stop, name=config.name, seed=config.seed, flags=config.model)
+        record.write_json(run_dir / DECODE, found)
     arguments = ["xattn.experiments.worker", str(run_dir), *(["--quiet"] if quiet else [])]
     if config.trainer.strategy != "none":
         processes = f"--nproc-per-node={config.trainer.processes}"
@@ -101,6 +109,16 @@ def probe_memory(run_dir: Path) -> dict[str, Any]:
             measured |= {f"{kind}_peak_bytes": None, f"{kind}_error": error}
         path.unlink(missing_ok=True)
     return measured
+
+
+def probe_decode(run_dir: Path) -> dict[str, Any]:
+    """Memory and speed of decoding with the model and eval.decode of RUN_DIR/config.yaml; `error` where the probe died."""
+    path = run_dir / "decode-probe.json"
+    path.unlink(missing_ok=True)
+    code, (_, error) = probe(["xattn.experiments.decode", str(run_dir), str(path)])
+    found = record.read_json(path)
+    path.unlink(missing_ok=True)
+    return found if code == 0 and found is not None else {"error": error}
 
 
 def probe(arguments: list[str]) -> tuple[int, tuple[str, str]]:

@@ -64,10 +64,10 @@ def peak_of(config: RunConfig, kind: str, device: torch.device, *, rows: int, le
         # A second shape would make the compiler take sizes as unknowns and build other code, or fail.
         torch._dynamo.reset()
         _STEPS[kind](config, device, rows=rows, length=length)
-    _give_back(device)
-    baseline = _reset_peak(device)
+    give_back(device)
+    baseline = reset_peak(device)
     state_bytes = _STEPS[kind](config, device, rows=rows, length=length)
-    return max(_peak(device) - baseline, 0), state_bytes
+    return max(peak_bytes(device) - baseline, 0), state_bytes
 
 
 def _train_steps(config: RunConfig, device: torch.device, *, rows: int, length: int) -> int:
@@ -106,7 +106,8 @@ def _infer_step(config: RunConfig, device: torch.device, *, rows: int, length: i
 _STEPS = {"train": _train_steps, "infer": _infer_step}
 
 
-def _give_back(device: torch.device) -> None:
+def give_back(device: torch.device) -> None:
+    """Freed memory goes back to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -117,7 +118,8 @@ def _give_back(device: torch.device) -> None:
             pass  # another C library: a little slack stays in the baseline
 
 
-def _reset_peak(device: torch.device) -> int:
+def reset_peak(device: torch.device) -> int:
+    """The peak counts from now on; returns the bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -128,7 +130,8 @@ def _reset_peak(device: torch.device) -> int:
     return status_bytes("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """Bytes at the peak since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.access("/proc/self/clear_refs", os.W_OK):

@@ -15,6 +15,7 @@ import xattn
 from xattn.experiments import record
 from xattn.experiments.data import Corpus, eval_blocks
 from xattn.experiments.judge import judge, judge_all
+from xattn.experiments.kv_budgets import judge_budgets
 from xattn.experiments.memory import MAXRSS_UNIT
 from xattn.experiments.record import say
 from xattn.experiments.samples import write_samples
@@ -61,6 +62,7 @@ def conclude(
     config, where = trained.config, {"device": trained.device, "precision": trained.precision}
     seq_len = config.trainer.seq_len
     judged = judge_all(trained.judged, trained.corpus, config.eval, seq_len=seq_len, before_each=before_each, **where)
+    pruned = judge_budgets(trained.judged, trained.corpus, config.eval, seq_len=seq_len, before_each=before_each, **where)
     raw = None if trained.average is None else _judge_raw(trained)
     place = {"step": config.trainer.steps, "tokens": config.trainer.tokens}
     tell(place | val_row(judged["val"], "val/") | (val_row(raw, "val/raw_") if raw is not None else {}))
@@ -68,7 +70,7 @@ def conclude(
     _save_model(trained.judged, trained.run_dir / "model")
     if raw is not None:
         say(f"model/ holds the average of the weights: {judged['val'].get('loss_nats')} nats, raw {raw['loss_nats']}")
-    return _result(trained, judged, raw)
+    return _result(trained, judged | {"kv_budgets": pruned}, raw)
 
 
 def _judge_raw(trained: Trained) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def _result(trained: Trained, judged: dict[str, Any], raw: dict[str, Any] | None
         "ema": None if raw is None else {"decay": trainer.ema_decay, "val": judged["val"], "raw_val": raw},
         **trained.facts,
         "memory": memory,
+        "decode": record.read_json(trained.run_dir / record.DECODE),
         "train_flops": xattn.accounting.train_flops(spec, trainer.seq_len) * trainer.steps * trainer.batch_size,
         "device": str(trained.device),
         "precision": trained.precision,

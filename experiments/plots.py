@@ -12,7 +12,7 @@ from xattn.experiments.gather import Row, estimate, measure
 from xattn.experiments.plot_length import paint_length, paint_position
 from xattn.experiments.plot_loss import paint_loss
 from xattn.experiments.record import say
-from xattn.experiments.tables import MIB
+from xattn.experiments.tables import MIB, pruned
 
 
 def draw(rows: Sequence[Row], folder: Path, *, curves: dict[str, dict[str, Curve]] | None = None) -> list[tuple[str, str]]:
@@ -33,6 +33,7 @@ def draw(rows: Sequence[Row], folder: Path, *, curves: dict[str, dict[str, Curve
             ("length.png", "Quality against evaluation length", paint_length),
             ("position.png", "Loss by position in the longest evaluated context", paint_position),
             ("memory.png", "Quality against memory: lower left is better", paint_memory),
+            ("kv_bytes.png", "Perplexity against KV bytes: lower left is better", paint_kv_bytes),
         ]
         about = {"rows": done, "looks": looks}
         pictures = [(name, _over_seeds(caption, done), partial(paint, **about)) for name, caption, paint in trained]
@@ -93,4 +94,26 @@ def paint_memory(figure: Any, rows: Sequence[Row], looks: Looks) -> bool:
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         ax.set(xlabel=cost_label, ylabel=f"validation {label}")
     variant_legend(figure, looks, [row.name for row in rows], line=False)
+    return True
+
+
+def paint_kv_bytes(figure: Any, rows: Sequence[Row], looks: Looks) -> bool:
+    """A point a variant, and for one that was pruned a line from all its keys down its budgets; False where none was pruned."""
+    if not any("error" not in entry for row in rows for entry in pruned(row).values()):
+        return False
+    (ax,) = panels(figure, ["KV cache of one sequence of the trained length, predicted"])
+    for row in rows:
+        whole = (("memory", "kv_bytes_per_token"), ("val", "ppl"))
+        places = [whole, *((("kv_budgets", b, "kv_bytes_per_token"), ("kv_budgets", b, "ppl")) for b in pruned(row))]
+        found = [tuple(estimate(row.values(*place).values()) for place in pair) for pair in places]
+        points = sorted(((kv.mean, ppl) for kv, ppl in found if kv and ppl), key=lambda point: point[0])
+        if points:
+            spread = [ppl.spread or 0.0 for _, ppl in points] if points[0][1].spread is not None else None
+            style = looks.line(row.name) | {"ms": 6, "capsize": 3}
+            ax.errorbar([kv for kv, _ in points], [ppl.mean for _, ppl in points], yerr=spread, **style)
+    ax.margins(0.1)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    ax.set(xlabel="KV cache (bytes a token)", ylabel="validation perplexity")
+    variant_legend(figure, looks, [row.name for row in rows])
     return True

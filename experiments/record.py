@@ -16,6 +16,7 @@ COMPLETED, FAILED, OOM, KILLED = "completed", "failed", "oom", "killed"
 INVALID, INTERRUPTED, UNFINISHED = "invalid", "interrupted", "unfinished"
 FOREIGN = "foreign"
 RESULT, METRICS, CONFIG, MEMORY, LOG = "result.json", "metrics.jsonl", "config.yaml", "memory.json", "worker.log"
+DECODE = "decode.json"
 
 # What readers of a completed result rely on.
 _NEEDED = {

@@ -38,7 +38,14 @@ def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
             "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; "
             "both from fresh processes."
         )
+    if any(row.first.get("decode") for row in done):
+        lines.append(
+            "Decoding: from a fresh process, weights and cache included, not compiled."
+        )
     for row in done:
+        decode = row.first.get("decode") or {}
+        stopped = [decode["error"]] if "error" in decode else _errors(decode.get("by_length", {}))
+        lines += [f"{row.name}: not decoded: {error}" for error in stopped]
         for name, by in row.first["val_by_length"].items():
             lines += [f"{row.name}, {name}: not possible: {error}" for error in _errors(by)]
         for name, by in (row.first.get("passkey") or {}).items():
@@ -117,6 +124,12 @@ def _markdown(table: Table) -> str:
     return "\n".join([f"## {table.title}", "", line(table.header), line(rule), *map(line, table.cells)])
 
 
+def _decoded(result: dict[str, Any]) -> dict[str, Any]:
+    """Decoding after a prompt of the trained length."""
+    by_length = result["decode"]["by_length"]
+    return by_length[min(by_length, key=int)]
+
+
 _COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "status": lambda r: r["status"],
     "val_loss_nats": lambda r: r["val"]["loss_nats"],
@@ -127,6 +140,9 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "train_peak_bytes": lambda r: r["memory"]["train_peak_bytes"],
     "infer_peak_bytes": lambda r: r["memory"]["infer_peak_bytes"],
     "kv_bytes_per_token": lambda r: r["memory"]["kv_bytes_per_token"],
+    "prefill_peak_bytes": lambda r: _decoded(r)["prefill_peak_bytes"],
+    "decode_peak_bytes": lambda r: _decoded(r)["decode_peak_bytes"],
+    "decode_tokens_per_second": lambda r: _decoded(r)["tokens_per_second"],
     "tokens_per_second": lambda r: r["tokens_per_second"],
     "train_seconds": lambda r: r["train_seconds"],
     "commit": lambda r: r["commit"],
@@ -148,7 +164,7 @@ def _csv(rows: Sequence[Row]) -> str:
 def _or_empty(read: Callable[[dict[str, Any]], Any], result: dict[str, Any]) -> Any:
     try:
         return read(result)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return ""
 
 

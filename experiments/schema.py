@@ -263,6 +263,21 @@ class PasskeyConfig:
 
 
 @dataclass(kw_only=True)
+class DecodeConfig:
+    """Decoding over a cache, measured in a fresh process at every evaluation length; see experiments/decode.py."""
+
+    tokens: int | None = None  # new tokens, timed; 0: not measured. None: 32 in xattn-eval and in a study, 0 in xattn-train
+    batch: int = 1  # sequences side by side
+
+    def check(self) -> None:
+        if self.tokens is not None and self.tokens < 0:
+            raise ConfigError(f"eval.decode.tokens={self.tokens} is negative; use 0 for none")
+        _positive("eval.decode.batch", self.batch)
+        if self.batch != DecodeConfig.batch and self.tokens == 0:
+            raise ConfigError(f"eval.decode.batch={self.batch} has no effect: eval.decode.tokens is 0; use eval.decode.tokens=32")
+
+
+@dataclass(kw_only=True)
 class EvalConfig:
     """One fixed set of validation tokens, judged at several lengths and with evaluation-time flags."""
 
@@ -275,6 +290,10 @@ class EvalConfig:
     extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> evaluation-time flags
     position_buckets: int = 8
     passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
+    # keys that selective layers keep: a count, a fraction of trainer.seq_len, or a list of these and null a layer
+    kv_budgets: list[Any] = field(default_factory=list)
+    kv_budget_chunk: int = 1  # tokens a call under a budget: 1 prunes as decoding does, more is faster and prunes less
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def check(self) -> None:
         for name in ("tokens", "every_tokens", "batch_tokens", "position_buckets"):
@@ -289,6 +308,12 @@ class EvalConfig:
         if "none" in self.extensions:
             raise ConfigError("eval.extensions: the name none is taken by the model as trained; use another name")
         self.passkey.check()
+        self.decode.check()
+        _positive("eval.kv_budget_chunk", self.kv_budget_chunk)
+        if self.kv_budget_chunk != 1 and not self.kv_budgets:
+            raise ConfigError(
+                f"eval.kv_budget_chunk={self.kv_budget_chunk} has no effect: eval.kv_budgets is empty; use eval.kv_budgets=[0.5]"
+            )
 
 
 @dataclass(kw_only=True)
@@ -316,6 +341,11 @@ class RunConfig:
             raise ConfigError(
                 f"eval.passkey.trials={self.eval.passkey.trials} writes a sentence into text, and data.source=bin has no "
                 "tokeniser to write with; use data.source=text, or eval.passkey.trials=0"
+            )
+        if self.eval.decode.tokens and not self.isolate:
+            raise ConfigError(
+                f"eval.decode.tokens={self.eval.decode.tokens} starts a process of its own, and isolate=false asks for none; "
+                "use isolate=true or eval.decode.tokens=0"
             )
         if self.trainer.strategy != "none" and not self.isolate:
             raise ConfigError(

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from xattn.experiments.gather import Estimate, Row, delta, estimate, measure
 from xattn.experiments.judge import AS_TRAINED
@@ -89,6 +90,54 @@ def passkey_table(rows: Sequence[Row]) -> Table | None:
     return _by_length(asked, "passkey", _passkey_cell, title=title)
 
 
+def decode_table(rows: Sequence[Row]) -> Table | None:
+    """One line a variant: what reading a prompt of the trained length and going on cost, and the cache at every length."""
+    asked = [row for row in rows if row.done and (row.first.get("decode") or {}).get("by_length")]
+    if not asked:
+        return None
+    lengths = sorted({int(n) for row in asked for n in row.first["decode"]["by_length"]})
+    shown = {lengths[0], lengths[-1]}
+    header = ["variant", f"prefill MiB at {lengths[0]:,}", f"decode MiB at {lengths[0]:,}"]
+    header += [f"tokens/s at {n:,}" for n in sorted(shown)] + [f"KV B/token at {n:,}" for n in lengths]
+    cells = []
+    for row in asked:
+        peaks = [_decoded(row, lengths[0], f"{name}_peak_bytes", unit=MIB, form="{:,.1f}") for name in ("prefill", "decode")]
+        speeds = [_decoded(row, n, "tokens_per_second") for n in sorted(shown)]
+        cells.append([row.name, *peaks, *speeds, *[_decoded(row, n, "kv_bytes_per_token") for n in lengths]])
+    decode = asked[0].first["decode"]
+    title = f"Decoding over a cache: the last {decode['new_tokens']} tokens of a context, batch {decode['batch']}"
+    return Table(title=title, header=header, cells=cells)
+
+
+def _decoded(row: Row, length: int, field: str, *, unit: float = 1.0, form: str = "{:,.0f}") -> str:
+    found = estimate(row.values("decode", "by_length", str(length), field).values())
+    return form.format(found.mean / unit) if found else _NONE
+
+
+def budget_table(rows: Sequence[Row]) -> Table | None:
+    """One line a variant that was pruned, one column a budget; None where none was."""
+    asked = [row for row in rows if any("error" not in entry for entry in pruned(row).values())]
+    if not asked:
+        return None
+    names = list(dict.fromkeys(name for row in asked for name in pruned(row)))
+    header = ["variant", "all keys", *[f"kv_budget {name}" for name in names]]
+    cells = [[row.name, *[_budget_cell(row, name) for name in (None, *names)]] for row in asked]
+    return Table(title="Under a key budget: perplexity (KV bytes a token)", header=header, cells=cells)
+
+
+def pruned(row: Row) -> dict[str, Any]:
+    """budget -> score of a row's first result; empty where none was asked for."""
+    return (row.first.get("kv_budgets") or {}) if row.done else {}
+
+
+def _budget_cell(row: Row, name: str | None) -> str:
+    score, held = (("val", "ppl"), ("memory", "kv_bytes_per_token")) if name is None else (
+        ("kv_budgets", name, "ppl"), ("kv_budgets", name, "kv_bytes_per_token")
+    )  # fmt: skip
+    ppl, kv = (estimate(row.values(*place).values()) for place in (score, held))
+    return f"{ppl.mean:.3f} ({kv.mean:,.0f})" if ppl and kv else _NONE
+
+
 def _by_length(rows: Sequence[Row], field: str, cell: Callable[[Row, str, int], str], *, title: str) -> Table:
     lengths = _lengths(rows)
     header = ["variant", "evaluated with", *[f"{n} ({n // min(lengths)}x)" for n in lengths]]
@@ -136,4 +185,5 @@ def _show(value: Estimate | None, form: str, *, interval: bool = False) -> str:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Every table that the rows have numbers for."""
-    return [table for table in (main_table(rows), length_table(rows), passkey_table(rows)) if table is not None]
+    made = (main_table, length_table, passkey_table, decode_table, budget_table)
+    return [table for table in (make(rows) for make in made) if table is not None]

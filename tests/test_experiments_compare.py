@@ -48,10 +48,11 @@ def test_the_quick_study_leaves_table_plots_and_numbers(study: Path) -> None:
     names = {path.name for path in study.iterdir() if path.is_file()}
     assert names == {
         "study.json", "report.html", "report.md", "results.csv", "results.json", "loss.png", "length.png", "position.png",
-        "memory.png",
+        "memory.png", "kv_bytes.png",
     }  # fmt: skip
     text = (study / "report.md").read_text()
-    for word in ("dense", "window", "hybrid_LLLG", "selective", "self_extend", "yarn_4x", "baseline", "64 (4x)"):
+    words = ("dense", "window", "hybrid_LLLG", "selective", "self_extend", "yarn_4x", "baseline", "64 (4x)", "kv_budget 0.25")
+    for word in words:
         assert word in text
     backends = record.read_result(study / "selective-seed0")["backends"]
     assert f"| {backends[0]['backend']} |" in text
@@ -64,7 +65,7 @@ def test_the_quick_study_leaves_table_plots_and_numbers(study: Path) -> None:
 
 def test_the_page_stands_alone_and_runs_nothing(study: Path) -> None:
     text = (study / "report.html").read_text()
-    assert text.count("data:image/png;base64,") == 4 and text.count("<table>") == 2
+    assert text.count("data:image/png;base64,") == 5 and text.count("<table>") == 3
     for foreign in ("<script", "http:", "https:", 'src="/', "@import"):
         assert foreign not in text
 
