@@ -65,6 +65,16 @@ def test_the_group_is_the_smallest_power_of_two_that_obeys_the_authors_rule(trai
     assert part.max_positions(trained) >= n
 
 
+@given(trained=st.integers(4, 400), window=st.none() | st.integers(1, 40))
+def test_limits_are_the_last_lengths_of_each_choice(trained: int, window: int | None) -> None:
+    own = {} if window is None or 3 * window >= 2 * trained else {"self_extend_window": window}
+    part = parse_attention(heads=1, dim_head=8, **AUTO, self_extend_trained_len=trained, **own).positions
+    limits = part.limits()
+    assert limits == sorted(set(limits)) and limits[-1] > 2**38
+    for before, limit in zip(limits, limits[1:], strict=False):
+        assert part.settled(before + 1) == part.settled(limit) != part.settled(limit + 1)
+
+
 @pytest.mark.parametrize(("n", "group"), [(256, None), (257, 2), (512, 8), (1024, 16), (2048, 32)])
 def test_for_a_trained_length_of_256_the_window_is_64(n: int, group: int | None) -> None:
     part = chosen(256, n)
@@ -263,3 +273,14 @@ def test_training_and_encoders_settle_by_the_sequence() -> None:
     fixed = encoder.with_flags(**{n: encoder.backends(50)[0]["flags"][n] for n in ("self_extend_group", "self_extend_window")})
     with torch.no_grad():
         assert_exact(encoder(ids_of(50)), fixed(ids_of(50), extrapolate=True))
+
+
+# torch's own compiler does that
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_it_compiles_whole_and_settles_each_length() -> None:
+    net = model(AUTO | {"attn_selective": True}, max_seq_len=TRAINED)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for n in (TRAINED, 40, 120):
+            assert_exact(compiled(ids_of(n)), net(ids_of(n)))

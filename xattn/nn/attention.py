@@ -29,6 +29,8 @@ class Attention(nn.Module):
         super().__init__()
         choose(spec.settled(EVER), attn_backend)
         self.spec, self.attn_backend = spec, attn_backend
+        # compiled code cannot make a spec, and can read one that the module holds
+        self._settled_specs = tuple((n, spec.settled(n)) for n in spec.positions.limits()) if spec.unsettled else ()
         self.to_q = nn.Linear(dim, spec.heads * spec.dim_head, bias=False)
         self.to_k = nn.Linear(dim, spec.kv_heads * spec.dim_head, bias=False)
         self.to_v = nn.Linear(dim, spec.kv_heads * spec.dim_head, bias=False)
@@ -59,7 +61,13 @@ class Attention(nn.Module):
         return self.to_out(rearrange(out_bhid, "b h i d -> b i (h d)"))
 
     def _settled(self, layout: Layout, max_len: int | None) -> AttentionSpec:
-        return self.spec.settled(layout.n if max_len is None else max_len)
+        if not self.spec.unsettled:
+            return self.spec
+        n = layout.n if max_len is None else max_len
+        for limit, spec in self._settled_specs:
+            if n <= limit:
+                return spec
+        raise AssertionError(f"no group for {n} tokens")
 
     def live_keys(self, x_bnm: Tensor, layout: Layout, *, max_len: int | None = None) -> Tensor:
         """The most keys that any query of a row needs (b,), by the votes of the selecting head; see `xattn.ops.memory`."""

@@ -47,6 +47,8 @@ class TransformerWrapper(nn.Module):
             num_tokens=num_tokens, max_seq_len=max_seq_len, layers=attn_layers.spec, tie_embedding=tie_embedding,
             use_abs_pos_emb=use_abs_pos_emb, emb_dropout=emb_dropout, memory_loss_weight=memory_loss_weight,
         )  # fmt: skip
+        # worked out once: compiled code cannot walk over a spec's fields
+        self._reach = self.spec.max_positions()
         dim = attn_layers.spec.dim
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb = nn.Embedding(max_seq_len, dim) if self.spec.use_abs_pos_emb else None
@@ -161,7 +163,7 @@ class TransformerWrapper(nn.Module):
 
         max_seq_len, or what rope_scaling and Self-Extend make of it in the layer that reaches least.
         """
-        return self.spec.max_positions()
+        return self._reach
 
     def _check_ids(self, ids_bn: Tensor) -> None:
         # on a GPU reading the ids would wait for the device; there the embedding's own device assert speaks

@@ -253,6 +253,12 @@ class SelfExtend(Rope):
         """w - w // G: what joins the grouped zone to the exact one."""
         return self.self_extend_window - self.self_extend_window // self.self_extend_group
 
+    def limits(self) -> list[int]:
+        """For auto the longest sequences, ascending, for which `settled` gives plain RoPE, then each group in turn."""
+        trained, near = self.stretched(self.self_extend_trained_len), self.near
+        groups = [near + -(-(2 * trained - 3 * near << k) // 3) - 1 for k in range(1, 41)]
+        return [trained, *(n for n in groups if n > trained)]
+
     def max_positions(self, trained: int) -> int | None:
         """Tokens of a sequence whose largest distance stays below the trained length: (L - w + w // G) * G.
 
