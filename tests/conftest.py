@@ -1,5 +1,7 @@
 """What every test shares: one thread, seeded draws, property tests that replay the same examples, and the devices."""
 
+import os
+
 import pytest
 import torch
 from cases import DEVICES
@@ -10,6 +12,12 @@ if torch.cuda.is_available():
     # the first product on a GPU warns that it makes the context, and warnings are errors here
     torch.cuda.init()
     torch.zeros(1, 1, device="cuda", requires_grad=True).mm(torch.zeros(1, 1, device="cuda")).sum().item()
+else:
+    # test_kernels.py interprets the kernels: triton's own functions must have been imported for that, whoever asks first
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 # the same examples on every run and every machine; nothing is written beside the code
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=150)
 settings.load_profile("steady")

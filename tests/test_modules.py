@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.compile_utils import fx_graph_cse
 from torch.nn.functional import cross_entropy
 
 import xattn
@@ -242,3 +244,20 @@ def test_model_compiles_without_a_graph_break_and_agrees_with_eager(flags):
     ar, ids = AutoregressiveWrapper(model_of(rotary_pos_emb=True, depth=1, **flags)), ids_of()
     compiled = torch.compile(ar, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids), ar(ids))
+
+
+def test_a_compiled_model_makes_its_rotary_table_once():
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    model, ids = model_of(rotary_pos_emb=True, depth=3), ids_of()
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids), model(ids))
+    # equal calls are one after the compiler's own pass over common subexpressions
+    names = [str(node.target) for node in fx_graph_cse(graphs[0].graph).nodes]
+    assert sum("xattn.rotary_table" in name for name in names) == 1
+    assert not any("aten.cos" in name for name in names), "the compiler would repeat it in every kernel that turns a tensor"

@@ -49,6 +49,22 @@ class NoPositions(Part):
         return None
 
 
+def _turns(pos_bn: Tensor, frequency_p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (b 1 n p)."""
+    angle = pos_bn[:, None, :, None].double() * frequency_p
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+# Compiled, an operator of its own: the compiler would fuse this float64 arithmetic into every kernel that turns a tensor.
+_turns_once = torch.library.custom_op("xattn::rotary_table", _turns, mutates_args=())
+
+
+@_turns_once.register_fake
+def _(pos_bn: Tensor, frequency_p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (pos_bn.shape[0], 1, pos_bn.shape[1], frequency_p.shape[0])
+    return pos_bn.new_empty(shape, dtype=dtype), pos_bn.new_empty(shape, dtype=dtype)
+
+
 @part(
     switch=Flag(
         name="rotary_pos_emb",
@@ -138,10 +154,10 @@ class Rope(NoPositions):
 
     def table(self, pos_bn: Tensor, dim_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of every angle, each (b 1 n width/2); the angles are formed in float64."""
-        angle = pos_bn[:, None, :, None].double() * self.frequencies(dim_head, pos_bn.device)
         # half precision cannot hold the products' cancellations; the cast back is rotate's
         dtype = torch.promote_types(dtype, torch.float32)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        make = _turns_once if torch.compiler.is_compiling() else _turns
+        return make(pos_bn, self.frequencies(dim_head, pos_bn.device), dtype)
 
     @staticmethod
     def rotate(x_bhnd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
