@@ -193,7 +193,8 @@ def count(
 ):  # fmt: skip
     """The penalty F (b i j) of every query, and the votes (b u j) after each but the first `skipped`; the carry moves on.
 
-    float32, in natural units; queries in order of their positions; q and k are the selecting head's.
+    float32; n, votes and penalties are in natural units, for a carry lives long and must not drift with a change of units.
+    Queries in order of their positions; q and k are the selecting head's.
     """
     BI: tl.constexpr = P.block_i
     BJ: tl.constexpr = P.block_j
@@ -206,11 +207,10 @@ def count(
     pos_j, doc_j = pos_j[:, None], doc_j[:, None]
     slope = 0.0
     if P.alibi:
-        slope = tl.load(slope_ptr + head)
+        slope = tl.load(slope_ptr + head) * 0.6931471805599453
     carry_j = tl.load(carry_ptr + b * carry_b + j, mask=j < n.n_j, other=0.0)
     penalty_ptr += b * penalty_b
     after_ptr += b * after_b
-    upto = tl.where(row[:, None] <= row[None, :], 1.0, 0.0)
     before = tl.where(row[:, None] < row[None, :], 1.0, 0.0)
     for i0 in range(0, n.n_i, BI):
         i = i0 + row
@@ -224,12 +224,12 @@ def count(
         sim_ji = logits((q_id, far_q_id, far_q_id), k, pos_i, pos_j, n, ZONE, True, P)
         sim_ji, _ = modify(sim_ji, pos_i, pos_j, slope, n, P)
         seen = allowed(pos_i, pos_j, doc_i, doc_j, n, P)
-        votes_ji = votes(sim_ji, seen & (pos_i != pos_j), pos_j) * 0.6931471805599453
+        votes_ji = votes(sim_ji, seen & (pos_i != pos_j), pos_j)
         at = tl.cast(i, tl.int64)[None, :]
         here = (i[None, :] < n.n_i) & (j[:, None] < n.n_j)
         penalty_ji = tl.dot(votes_ji, before, input_precision="ieee") + carry_j[:, None]
         tl.store(penalty_ptr + at * penalty_i + j[:, None], penalty_ji, mask=here)
-        after_ji = tl.dot(votes_ji, upto, input_precision="ieee") + carry_j[:, None]
-        tl.store(after_ptr + (at - skipped) * after_u + j[:, None], after_ji, mask=here & (i[None, :] >= skipped))
+        after_at = after_ptr + (at - skipped) * after_u + j[:, None]
+        tl.store(after_at, penalty_ji + votes_ji, mask=here & (i[None, :] >= skipped))
         carry_j += tl.sum(votes_ji, 1)
     tl.store(carry_ptr + b * carry_b + j, carry_j, mask=j < n.n_j)

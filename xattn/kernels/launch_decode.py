@@ -3,7 +3,7 @@
 Letters: r splits, u the last queries whose votes are asked for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -65,8 +65,6 @@ def run_decode(inputs: Inputs, options: Options, more: Decoding) -> tuple[Tensor
 
 def _queries(x: Inputs, part: slice) -> Inputs:
     """The call of some of its queries."""
-    from dataclasses import replace
-
     heads = {name: t[:, :, part] for name in ("q", "far_q", "ahead_q") if (t := getattr(x, name)) is not None}
     places = {name: t[:, part] for name in ("pos_i", "doc_i") if (t := getattr(x, name)) is not None}
     return replace(x, **heads, **places)
@@ -79,6 +77,7 @@ def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, 
     P = parts_of(x, o)
     t = decode_tile("count", rows=n_i, block_d=P.block_d, itemsize=x.q.element_size(), extend=P.extend > 0)
     P = P._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps, even=False)
+    n = numbers_of(x, o)._replace(scale=o.scale, cap=o.cap)
     penalty = torch.empty(b, n_i, n_j, device=x.q.device, dtype=torch.float32)
     u = after.shape[1]
     skipped = max(0, to_come - u)
@@ -88,7 +87,7 @@ def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, 
     decode.count[(-(-n_j // t.block_j), b)](
         x.q[:, head], x.k[:, g], far_q[:, head], *_at(x, more.turn, x.slopes), carry, penalty, mine, *_places(x, more),
         x.q.stride(0), x.q.stride(2), x.k.stride(0), x.k.stride(2), carry.stride(0), *penalty.stride()[:2], *mine.stride()[:2],
-        head, skipped, numbers_of(x, o), HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
+        head, skipped, n, HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return penalty
 

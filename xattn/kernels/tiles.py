@@ -68,9 +68,9 @@ def decode_tile(kernel: str, *, rows: int, block_d: int, itemsize: int, extend: 
     """The tile of `decode`, whose rows are queries of all heads that share a key head, or of `count`; not yet measured."""
     if kernel in _override:
         return _override[kernel]
-    block_i = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    block_i = 16 if rows <= 16 or itemsize > 2 else 32 if rows <= 32 or kernel == "count" else 64
     if itemsize > 2:
-        return Tile(16 if block_d > 128 else min(block_i, 32), 32, 4, 1)
+        return Tile(block_i, 32 if block_d <= 128 else 16, 4, 1)
     if extend or block_d > 128:
         return Tile(min(block_i, 32), 32, 4, 2)
     return Tile(block_i, 64, 4, 4 if block_d <= 64 else 3)

@@ -166,8 +166,8 @@ def _carried(
     """Attention and the votes after it, in the carry's dtype: a query's penalty has the votes of all at earlier positions."""
     order_bi = layout_i.order_bn
     if order_bi is not None:
-        layout_i = Layout(layout_i.pos_bn.gather(1, order_bi), None if layout_i.doc_bn is None else layout_i.doc_bn.gather(1, order_bi))
-        rows = order_bi[:, None, :, None].expand(q_bhid.shape)
+        layout_i = Layout(*(None if t is None else t.gather(1, order_bi) for t in (layout_i.pos_bn, layout_i.doc_bn)))
+        rows = order_bi[:, None, :, None].expand_as(q_bhid)
         q_bhid = q_bhid.gather(2, rows)
     out, after_buj = _decoded(q_bhid, k_bgjd, v_bgjd, layout_i=layout_i, carry_bj=carry_bj, **call)
     if order_bi is not None:
