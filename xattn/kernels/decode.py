@@ -105,7 +105,7 @@ def decode(
     i = tl.where(real, i, 0)
     d = tl.arange(0, BLOCK_D)
     here = real[:, None] & (d[None, :] < D)
-    q_at = (b * q_b + h * q_h + tl.cast(i, tl.int64) * q_i)[:, None] + d[None, :]
+    q_at = (b * q_b + tl.cast(h, tl.int64) * q_h + tl.cast(i, tl.int64) * q_i)[:, None] + d[None, :]
     q_md = tl.load(q_ptr + q_at, mask=here, other=0.0)
     far_q_md = q_md
     ahead_q_md = q_md
@@ -124,8 +124,8 @@ def decode(
     dead = 0.0
     if P.skip:
         dead = tl.load(dead_ptr)
-    k_ptr += b * k_b + g * k_g
-    v_ptr += b * v_b + g * v_g
+    k_ptr += b * k_b + tl.cast(g, tl.int64) * k_g
+    v_ptr += b * v_b + tl.cast(g, tl.int64) * v_g
     turn_ptr += b * turn_b
     pos_j_ptr += b * pos_j_b
     doc_j_ptr += b * pos_j_b
@@ -159,8 +159,8 @@ def decode(
         sink = tl.load(sink_ptr + h, mask=real, other=0.0).to(tl.float32) * LOG2E
         sink = tl.where(r == 0, sink, -1e30)
     out_md, lse_m = normalise(acc, total, top, sink, P)
-    out_at = (r * tl.cast(out_r, tl.int64) + b * out_b + h * out_h + tl.cast(i, tl.int64) * out_i)[:, None] + d[None, :]
-    tl.store(out_ptr + out_at, out_md.to(out_ptr.dtype.element_ty), mask=here)
+    out_at = r * tl.cast(out_r, tl.int64) + b * out_b + tl.cast(h, tl.int64) * out_h + tl.cast(i, tl.int64) * out_i
+    tl.store(out_ptr + out_at[:, None] + d[None, :], out_md.to(out_ptr.dtype.element_ty), mask=here)
     tl.store(lse_ptr + r * tl.cast(lse_r, tl.int64) + (b * n.heads + h) * n.n_i + i, lse_m, mask=real)
 
 
