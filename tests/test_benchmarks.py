@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import attention  # noqa: E402
 import check  # noqa: E402
+import decode  # noqa: E402
 import peers  # noqa: E402
 import plot  # noqa: E402
 import table  # noqa: E402
@@ -147,3 +148,45 @@ def test_command_runs_dry_and_writes_rows_as_they_come(tmp_path):
     assert [(row["what"], row.get("pass")) for row in rows] == [("Flex", None), ("ours", "f"), ("ours", "fb")]
     assert all(row["median_ms"] > 0 and row["stick_share"] <= 1 and row["commit"] is not None for row in rows[1:])
     assert "not measured" in done.stdout
+
+
+def test_decoding_reads_what_its_cache_holds():
+    cases = {case.name: case for case in decode.CASES}
+    assert cases["dense"].read_bytes(2) == 8 * 32768 * 2 * 8 * 128 * 2
+    assert 31 < cases["dense"].read_bytes(2) / cases["window 1024"].read_bytes(2) < 33
+    for case in decode.CASES:
+        assert case.small(96).keys <= 96 and set(case.small(96).flags) == set(case.flags)
+
+
+def test_plain_loop_over_a_static_cache_makes_the_tokens_of_our_model():
+    torch.manual_seed(0)
+    model = train_step.ours(64, decode.DRY_SIZES).eval()
+    ids = torch.randint(0, 256, (3, 9))
+    with torch.inference_mode():
+        assert decode.static_loop(model.net, decode.DRY_SIZES, ids, 20).equal(model.generate(ids, 20, temperature=0))
+        # and leaves the model as it was
+        assert model.net(ids).shape == (3, 9, 256)
+
+
+def test_decoding_runs_dry_and_holds_its_bars(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    command = [sys.executable, decode.__file__, "attention", "bytes", "--only", "budget", "--dry", "--out", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["case"], row["what"]) for row in rows[:2]] == [("", "copy"), ("selective, budget 4096", "ours")]
+    assert rows[1]["stick_share"] <= 1 and rows[1]["commit"] is not None
+    bars = {bar["case"]: bar["verdict"] for bar in decode.verdicts(rows, ["bytes"])}
+    assert bars == {"window 1024": "ok", "selective": "ok", "hybrid 5:1": "ok"}
+
+
+def test_decoding_bars_tell_missed_from_met():
+    def row(section: str, case: str, what: str, **figures: float) -> dict:
+        return {"section": section, "case": case, "what": what, **figures}
+
+    rows = [row("attention", "", "copy", gb_s=4000.0), row("attention", "dense", "ours", gb_s=3000.0, median_ms=0.4),
+            row("attention", "window 1024", "ours", median_ms=0.03), row("model", "dense B1", "ours", tokens_s=900.0),
+            row("model", "dense B1", "x-transformers", tokens_s=200.0)]  # fmt: skip
+    found = {(bar["section"], bar["case"]): bar["verdict"] for bar in decode.verdicts(rows, decode.SECTIONS)}
+    assert found["attention", "dense"] == "ok" and found["attention", "window 1024"] == "MISSED"
+    assert found["model", "dense B1"] == "MISSED" and found["model", "dense B64"] == "not measured"

@@ -422,13 +422,6 @@ def test_a_call_that_failed_midway_leaves_no_cache_that_looks_whole() -> None:
     assert feed(net, before, ids_of(3), 3).isfinite().all()
 
 
-def test_a_named_back_end_that_takes_no_votes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    net = model({"attn_selective": True}, torch.float32).with_flags(attn_backend="triton")
-    with pytest.raises(xattn.UnsupportedFeature, match="carried_votes.*reference"), torch.no_grad():
-        net(ids_of(3), cache=net.cache(2))
-
-
 def test_rows_that_do_not_exist_are_refused() -> None:
     _, cache = opened()
     for index in ([2], [-1], []):

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from xattn.kernels.launch import LOG2E, Inputs, Options, carry_shape, run_backward, run_forward
+from xattn.kernels.launch_decode import Decoding, run_decode
 
 _TENSORS = tuple(f.name for f in fields(Inputs))
 _OPTIONS = tuple(f.name for f in fields(Options))
+_DECODING = tuple(f.name for f in fields(Decoding))
 # inputs that have a gradient, in the order in which the backward operator returns them
 _LEARNED = ("q", "k", "v", "far_q", "ahead_q", "far_k", "sink")
 
@@ -113,3 +115,35 @@ def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     operator = _attention if torch.compiler.is_compiling() else _Eager.apply
     out, lse, _ = operator(*(getattr(inputs, name) for name in _TENSORS), *(getattr(options, name) for name in _OPTIONS))
     return out, lse
+
+
+@torch.library.custom_op("xattn::decode", mutates_args=())
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
+    sink: Tensor | None, slopes: Tensor | None, dead: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None,
+    doc_i: Tensor | None, doc_j: Tensor | None, walk_i: Tensor | None, walk_j: Tensor | None, causal: bool, window: int,
+    sinks: int, cap: float, near: int, group: int, sim_head: int, scale: float, scratch_bytes: int, plain: bool,
+    carry: Tensor | None, rows: int, turn: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    given = (
+        q, k, v, far_q, ahead_q, far_k, sink, slopes, dead, pos_i, pos_j, doc_i, doc_j, walk_i, walk_j, causal, window, sinks,
+        cap, near, group, sim_head, scale, scratch_bytes,
+    )  # fmt: skip
+    more = Decoding(plain=plain, carry=carry, rows=rows, turn=turn)
+    return _run(run_decode, given, more)
+
+
+@_decode.register_fake
+def _(q, k, v, *rest):
+    b, h, n, d = q.shape
+    carry, rows = rest[-3:-1]
+    after = (0,) if carry is None else (b, rows, k.shape[2])
+    return q.new_empty(b, n, h, d).transpose(1, 2), q.new_empty(after, dtype=torch.float32)
+
+
+def decode(inputs: Inputs, options: Options, more: Decoding) -> tuple[Tensor, Tensor]:
+    """Attention of few queries, or of any number with carried votes; no gradient: see `run_decode`."""
+    if not torch.compiler.is_compiling():
+        return run_decode(inputs, options, more)
+    given = [(inputs, _TENSORS), (options, _OPTIONS), (more, _DECODING)]
+    return _decode(*(getattr(holder, name) for holder, names in given for name in names))

@@ -76,7 +76,7 @@ class Options:
     scratch_bytes: int
 
 
-def _parts(x: Inputs, o: Options) -> Parts:
+def parts_of(x: Inputs, o: Options) -> Parts:
     d = x.q.shape[-1]
     return Parts(
         causal=o.causal, window=o.window > 0, sinks=o.sinks > 0, stored=x.pos_i is not None, docs=x.doc_i is not None,
@@ -87,7 +87,7 @@ def _parts(x: Inputs, o: Options) -> Parts:
     )  # fmt: skip
 
 
-def _numbers(x: Inputs, o: Options) -> Numbers:
+def numbers_of(x: Inputs, o: Options) -> Numbers:
     n_i, n_j = x.q.shape[2], x.k.shape[2]
     window = min(o.window, max(n_i, n_j)) if x.pos_i is None else o.window
     blocks = -(-n_i // 128) * 2
@@ -103,7 +103,7 @@ class _Call:
 
     def __init__(self, inputs: Inputs, options: Options) -> None:
         self.x, self.o = inputs.ready(), options
-        self.parts, self.n = _parts(self.x, options), _numbers(self.x, options)
+        self.parts, self.n = parts_of(self.x, options), numbers_of(self.x, options)
         x, q = self.x, self.x.q
         self.size = {
             "block_d": self.parts.block_d, "itemsize": q.element_size(), "select": self.parts.select,
@@ -244,7 +244,7 @@ class _Call:
         return scratch
 
 
-def _heads_last(b: int, h: int, n: int, d: int, like: Tensor) -> Tensor:
+def heads_last(b: int, h: int, n: int, d: int, like: Tensor) -> Tensor:
     """(b h n d) stored as b n h d, so that merging heads copies nothing."""
     return torch.empty(b, n, h, d, device=like.device, dtype=like.dtype).transpose(1, 2)
 
@@ -260,7 +260,7 @@ def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tenso
     call = _Call(inputs, options)
     x, n = call.x, call.n
     b, h, n_i, d = x.q.shape
-    out = _heads_last(b, h, n_i, d, x.q)
+    out = heads_last(b, h, n_i, d, x.q)
     lse = torch.empty(b, h, n_i, device=x.q.device, dtype=torch.float32)
     t, parts, how = call.tile("forward")
     if parts.select:
@@ -298,9 +298,9 @@ def run_backward(
         out, dout, delta if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], n,
         HAS_DLSE=dlse is not None, P=parts, num_warps=4,
     )  # fmt: skip
-    grads = {"q": _heads_last(b, h, n_i, d, x.q), "k": _heads_last(b, g, n_j, d, x.k), "v": _heads_last(b, g, n_j, d, x.v)}
-    grads |= {name: _heads_last(b, h, n_i, d, x.q) for name in ("far_q", "ahead_q") if getattr(x, name) is not None}
-    grads |= {"far_k": _heads_last(b, g, n_j, d, x.k)} if x.far_k is not None else {}
+    grads = {"q": heads_last(b, h, n_i, d, x.q), "k": heads_last(b, g, n_j, d, x.k), "v": heads_last(b, g, n_j, d, x.v)}
+    grads |= {name: heads_last(b, h, n_i, d, x.q) for name in ("far_q", "ahead_q") if getattr(x, name) is not None}
+    grads |= {"far_k": heads_last(b, g, n_j, d, x.k)} if x.far_k is not None else {}
     if parts.select:
         carry = call.carries(carry if carry.numel() else None)
         suffix = torch.empty(b, call.segments, n.blocks * 64, device=x.q.device, dtype=torch.float32)

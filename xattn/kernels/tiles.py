@@ -64,6 +64,18 @@ def small(kernel: str, *, block_d: int, itemsize: int, extend: bool) -> dict[str
     return {"num_warps": 4, "num_stages": stages}
 
 
+def decode_tile(kernel: str, *, rows: int, block_d: int, itemsize: int, extend: bool) -> Tile:
+    """The tile of `decode`, whose rows are queries of all heads that share a key head, or of `count`; not yet measured."""
+    if kernel in _override:
+        return _override[kernel]
+    block_i = 16 if rows <= 16 or itemsize > 2 else 32 if rows <= 32 or kernel == "count" else 64
+    if itemsize > 2:
+        return Tile(block_i, 32 if block_d <= 128 else 16, 4, 1)
+    if extend or block_d > 128:
+        return Tile(min(block_i, 32), 32, 4, 2)
+    return Tile(block_i, 64, 4, 4 if block_d <= 64 else 3)
+
+
 def pair(*, block_d: int, itemsize: int, heads: int, select: bool, extend: bool) -> int:
     """Query heads that one program of the dQ kernel takes, so that F is read and its gradient written once for both."""
     return 2 if select and not extend and block_d <= 64 and itemsize == 2 and heads % 2 == 0 else 1
@@ -71,7 +83,7 @@ def pair(*, block_d: int, itemsize: int, heads: int, select: bool, extend: bool)
 
 @contextmanager
 def override(**tiles: Tile):
-    """Within this context the named kernels (forward, dkdv, dq) take these tiles: for tuning and for tests."""
+    """Within this context the named kernels (forward, dkdv, dq, decode, count) take these tiles: for tuning and for tests."""
     before = dict(_override)
     _override.update(tiles)
     try:

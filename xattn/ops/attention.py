@@ -1,5 +1,6 @@
 """attend: checks shapes, resolves the back-end, runs it."""
 
+import torch
 from torch import Tensor
 
 from xattn.errors import ConfigError, ShapeError
@@ -68,9 +69,11 @@ def attend(
             "the spec has sink_logits: pass sink_logits_h" if spec.sink_logits
             else "sink_logits_h has no effect: the spec has no sink_logits"
         )  # fmt: skip
+    given = (q_bhid, k_bgjd, v_bgjd, sink_logits_h, carry_bj)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     call = Call(
         spec=spec, layout_i=layout, layout_j=key_layout, batch=batch, dtype=q_bhid.dtype, device=q_bhid.device,
-        carries=carry_bj is not None,
+        carries=carry_bj is not None, learns=learns,
     )  # fmt: skip
     carry = {} if carry_bj is None else {"carry_bj": carry_bj, "carry_rows": carry_rows}
     return resolve(call, backend).run(

@@ -30,7 +30,10 @@ def dense_limit(limit_bytes: int):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """One call of attention, as far as a back-end may care. carries: it takes the votes of earlier queries and returns them."""
+    """One call of attention, as far as a back-end may care.
+
+    carries: it takes the votes of earlier queries and returns them. learns: its gradient will be asked for.
+    """
 
     spec: AttentionSpec
     layout_i: Layout
@@ -39,6 +42,7 @@ class Call:
     dtype: torch.dtype
     device: torch.device
     carries: bool = False
+    learns: bool = False
 
     @property
     def features(self) -> frozenset[str]:

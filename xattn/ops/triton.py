@@ -17,19 +17,25 @@ from xattn.spec.positions import Rope, SelfExtend
 from xattn.spec.score import Alibi, Softcap
 
 if TYPE_CHECKING:
+    from xattn.kernels.launch import Options
     from xattn.ops.backends import Call
 
 SUPPORTS = frozenset(
     "causal bidirectional kv_heads padding documents free_positions cross_length "
     "rotary_pos_emb rotary_base rotary_emb_dim rope_scaling rope_scaling_factor rope_original_len "
     "self_extend_group self_extend_window logit_softcap alibi_pos_bias sliding_window sink_tokens sink_logits "
-    "attn_selective sim_head selection_skip".split()
+    "attn_selective sim_head selection_skip carried_votes".split()
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 256
 # what selection may hold at once, in bytes: F, and in the backward its gradient
 SCRATCH_BYTES = 256 * 2**20
 LOG2E = 1.4426950408889634
+# without a gradient, so many queries or fewer go to the decode kernel
+DECODE_QUERIES = 16
+# The decode kernel has been compared with the definition under the interpreter, and compiled, but never run on a GPU: until
+# a run there has checked it, GPUs decode by the kernels of prefill, and carried votes go to another back-end.
+DECODES_ON_GPU = False
 _scratch_bytes = SCRATCH_BYTES
 
 
@@ -49,6 +55,10 @@ def lacks(device_type: str) -> str | None:
     return None if device_type == "cuda" else "needs a CUDA GPU"
 
 
+def _decodes(device_type: str) -> bool:
+    return device_type == "cpu" or DECODES_ON_GPU
+
+
 def limits(call: "Call") -> list[str]:
     """Why this very call is out of the kernels' reach; empty: it is not."""
     reasons = [] if (lacking := lacks(call.device.type)) is None else [lacking]
@@ -57,7 +67,12 @@ def limits(call: "Call") -> list[str]:
     d = call.spec.dim_head
     if d > MAX_WIDTH:
         reasons.append(f"takes dim_head up to {MAX_WIDTH}, not {d}")
-    if call.spec.selection is not None:
+    if call.carries:
+        if not _decodes(call.device.type):
+            reasons.append("takes carried votes on a GPU only once its decode kernel has been checked on one (DECODES_ON_GPU)")
+        if call.learns:
+            reasons.append("takes carried votes forward only; call it under torch.no_grad()")
+    elif call.spec.selection is not None:
         if d > 128 and call.dtype == torch.float32:
             reasons.append(f"takes attn_selective in float32 with dim_head up to 128, not {d}")
         if "free" in (call.layout_i.kind, call.layout_j.kind):
@@ -75,11 +90,18 @@ def run(
     layout_j: Layout,
     sink_logits_h: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> Tensor:
-    """Attention as `reference` defines it; out (b h i d)."""
-    return with_lse(
-        q_bhid, k_bgjd, v_bgjd, spec=spec, layout_i=layout_i, layout_j=layout_j, sink_logits_h=sink_logits_h
-    )[0]
+    carry_bj: Tensor | None = None,
+    carry_rows: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention as `reference` defines it; out (b h i d), with carry_bj also the votes (b u j)."""
+    given = (q_bhid, k_bgjd, v_bgjd)
+    at = {"spec": spec, "layout_i": layout_i, "layout_j": layout_j, "sink_logits_h": sink_logits_h}
+    if carry_bj is not None:
+        return _carried(*given, **at, carry_bj=carry_bj, carry_rows=carry_rows)
+    few = layout_i.n <= DECODE_QUERIES and spec.selection is None and _decodes(q_bhid.device.type)
+    if few and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*given, sink_logits_h))):
+        return _decoded(*given, **at)[0]
+    return with_lse(*given, **at)[0]
 
 
 def with_lse(
@@ -94,32 +116,98 @@ def with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Attention, and each row's log2 of the sum of 2^logit, float32 (b h i); -inf for a row that sees nothing."""
     from xattn.kernels.autograd import attention
-    from xattn.kernels.launch import Inputs, Options
+    from xattn.kernels.launch import Inputs
 
-    positions, pattern = spec.positions, spec.pattern
-    scale, far = spec.scale, {}
-    near = positions.self_extend_window if isinstance(positions, SelfExtend) else 0
-    if isinstance(positions, Rope):
-        scale *= positions.temperature
-        if near:
-            far = _grouped(q_bhid, k_bgjd, spec, layout_i, layout_j)
-        q_bhid, k_bgjd = (_rotated(x, positions, at) for x, at in ((q_bhid, layout_i), (k_bgjd, layout_j)))
-    dead = None
-    if spec.selection is not None and spec.selection.selection_skip is not None:
-        # the kernels count in units of log2
-        dead = (spec.selection.threshold(spec.reach(q_bhid, k_bgjd), layout_j.n) * LOG2E).float().reshape(1)
-    cap = next((part.logit_softcap for part in spec.score if isinstance(part, Softcap)), 0.0)
-    alibi = any(isinstance(part, Alibi) for part in spec.score)
+    far = {}
+    if _near(spec):
+        far = _grouped_queries(q_bhid, spec, layout_i)
+        far["far_k"] = _rotated(k_bgjd, spec.positions, layout_j, grouped=True)
+    q, k = q_bhid, k_bgjd
+    if isinstance(spec.positions, Rope):
+        q, k = (_rotated(x, spec.positions, at) for x, at in ((q, layout_i), (k, layout_j)))
     inputs = Inputs(
-        q=q_bhid, k=k_bgjd, v=v_bgjd, **far, sink=sink_logits_h,
-        slopes=_slopes(spec.heads, layout_i) if alibi else None, dead=dead, **_places(spec, layout_i, layout_j, near),
+        q=q, k=k, v=v_bgjd, **far, sink=sink_logits_h, slopes=_slopes(spec, layout_i),
+        dead=_dead(q, k, spec, layout_j), **_places(spec, layout_i, layout_j, _near(spec)),
     )  # fmt: skip
-    options = Options(
-        causal=pattern.causal, window=pattern.sliding_window or 0, sinks=pattern.sink_tokens, cap=cap, near=near,
+    return attention(inputs, _options(spec))
+
+
+def _decoded(
+    q_bhid: Tensor,
+    k_bgjd: Tensor,
+    v_bgjd: Tensor,
+    *,
+    spec: AttentionSpec,
+    layout_i: Layout,
+    layout_j: Layout,
+    sink_logits_h: Tensor | None = None,
+    carry_bj: Tensor | None = None,
+    carry_rows: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Attention without a gradient, and the votes (b u j) float32 where there is a carry; queries in order of positions."""
+    from xattn.kernels.autograd import decode
+    from xattn.kernels.launch import Inputs
+    from xattn.kernels.launch_decode import Decoding
+
+    rope, far, turn = spec.positions, {}, None
+    q, k = q_bhid, k_bgjd
+    if isinstance(rope, Rope):
+        q = _rotated(q, rope, layout_i)
+        if _near(spec):
+            # keys stay as they are, and the kernel turns them
+            far, turn = _grouped_queries(q_bhid, spec, layout_i), _turns(rope, layout_j, spec.dim_head, k.dtype)
+        else:
+            k = _rotated(k, rope, layout_j)
+    places = {"pos_i": _stored(layout_i, "pos"), "doc_i": _stored(layout_i, "doc")}
+    plain = layout_j.kind == "plain"
+    if not plain:
+        places |= {"pos_j": _stored(layout_j, "pos"), "doc_j": _stored(layout_j, "doc")}
+    inputs = Inputs(
+        q=q, k=k, v=v_bgjd, **far, sink=sink_logits_h, slopes=_slopes(spec, layout_i),
+        dead=_dead(q_bhid, k_bgjd, spec, layout_j), **places,
+    )  # fmt: skip
+    return decode(inputs, _options(spec), Decoding(plain=plain, carry=carry_bj, rows=carry_rows, turn=turn))
+
+
+def _carried(
+    q_bhid: Tensor, k_bgjd: Tensor, v_bgjd: Tensor, *, layout_i: Layout, carry_bj: Tensor, **call: object
+) -> tuple[Tensor, Tensor]:
+    """Attention and the votes after it, in the carry's dtype: a query's penalty has the votes of all at earlier positions."""
+    order_bi = layout_i.order_bn
+    if order_bi is not None:
+        layout_i = Layout(*(None if t is None else t.gather(1, order_bi) for t in (layout_i.pos_bn, layout_i.doc_bn)))
+        rows = order_bi[:, None, :, None].expand_as(q_bhid)
+        q_bhid = q_bhid.gather(2, rows)
+    out, after_buj = _decoded(q_bhid, k_bgjd, v_bgjd, layout_i=layout_i, carry_bj=carry_bj, **call)
+    if order_bi is not None:
+        out = torch.empty_like(out).scatter_(2, rows, out)
+    return out, after_buj.to(torch.promote_types(carry_bj.dtype, torch.float32))
+
+
+def _near(spec: AttentionSpec) -> int:
+    """Self-Extend's neighbour window; 0 without it."""
+    return spec.positions.self_extend_window if isinstance(spec.positions, SelfExtend) else 0
+
+
+def _options(spec: AttentionSpec) -> "Options":
+    """The numbers of a call."""
+    from xattn.kernels.launch import Options
+
+    positions, pattern, near = spec.positions, spec.pattern, _near(spec)
+    return Options(
+        causal=pattern.causal, window=pattern.sliding_window or 0, sinks=pattern.sink_tokens,
+        cap=next((part.logit_softcap for part in spec.score if isinstance(part, Softcap)), 0.0), near=near,
         group=positions.self_extend_group if near else 0,
-        sim_head=spec.selection.sim_head if spec.selection is not None else -1, scale=scale, scratch_bytes=_scratch_bytes,
+        sim_head=spec.selection.sim_head if spec.selection is not None else -1,
+        scale=spec.scale * (positions.temperature if isinstance(positions, Rope) else 1.0), scratch_bytes=_scratch_bytes,
     )  # fmt: skip
-    return attention(inputs, options)
+
+
+def _dead(q: Tensor, k: Tensor, spec: AttentionSpec, layout_j: Layout) -> Tensor | None:
+    """The penalty at which a key is dead, in units of log2, as the kernels count."""
+    if spec.selection is None or spec.selection.selection_skip is None:
+        return None
+    return (spec.selection.threshold(spec.reach(q, k), layout_j.n) * LOG2E).float().reshape(1)
 
 
 def _rotated(x_bhnd: Tensor, rope: Rope, layout: Layout, *, grouped: bool = False, shift: int = 0) -> Tensor:
@@ -135,24 +223,40 @@ def _rotated(x_bhnd: Tensor, rope: Rope, layout: Layout, *, grouped: bool = Fals
     return x_bnhd.transpose(1, 2)
 
 
-def _grouped(q: Tensor, k: Tensor, spec: AttentionSpec, layout_i: Layout, layout_j: Layout) -> dict[str, Tensor]:
-    """Queries and keys at Self-Extend's grouped positions; both ways, queries for the keys ahead of them too."""
+def _grouped_queries(q: Tensor, spec: AttentionSpec, layout: Layout) -> dict[str, Tensor]:
+    """Queries at Self-Extend's grouped positions; both ways, queries for the keys ahead of them too."""
     rope = spec.positions
-    far = {
-        "far_q": _rotated(q, rope, layout_i, grouped=True, shift=rope.shift),
-        "far_k": _rotated(k, rope, layout_j, grouped=True),
-    }
+    far = {"far_q": _rotated(q, rope, layout, grouped=True, shift=rope.shift)}
     if not spec.pattern.causal:
-        far["ahead_q"] = _rotated(q, rope, layout_i, grouped=True, shift=-rope.shift)
+        far["ahead_q"] = _rotated(q, rope, layout, grouped=True, shift=-rope.shift)
     return far
 
 
-def _slopes(heads: int, layout: Layout) -> Tensor:
+def _turns(rope: SelfExtend, layout: Layout, dim_head: int, dtype: torch.dtype) -> Tensor:
+    """cos and sin of each slot's position, then of its grouped one: (b 4 n half) float32."""
+
+    def make() -> Tensor:
+        tables = (rope.table(pos_bn, dim_head, dtype) for pos_bn in (layout.pos_bn, rope.grouped(layout.pos_bn)))
+        return torch.cat([part for table in tables for part in table], dim=1)
+
+    return layout.memo(("turns", rope, dim_head, dtype), make)
+
+
+def _slopes(spec: AttentionSpec, layout: Layout) -> Tensor | None:
+    if not any(isinstance(part, Alibi) for part in spec.score):
+        return None
+
     def make() -> Tensor:
         # the kernels count in units of log2
-        return (Alibi.slopes(heads, layout.pos_bn.device) * LOG2E).float()
+        return (Alibi.slopes(spec.heads, layout.pos_bn.device) * LOG2E).float()
 
-    return layout.memo(("slopes", heads), make)
+    return layout.memo(("slopes", spec.heads), make)
+
+
+def _stored(layout: Layout, what: str) -> Tensor | None:
+    """Positions ("pos") or documents ("doc") as kernels read them."""
+    stored = layout.pos_bn if what == "pos" else layout.doc_bn
+    return None if stored is None else layout.memo(what, lambda: stored.to(torch.int32).contiguous())
 
 
 def _places(spec: AttentionSpec, layout_i: Layout, layout_j: Layout, near: int) -> dict[str, Tensor]:
@@ -173,7 +277,7 @@ def _places(spec: AttentionSpec, layout_i: Layout, layout_j: Layout, near: int) 
     walk_i, walk_j = layout_i.memo(("walk", pattern, near, layout_j), make)
     places = {"walk_i": walk_i, "walk_j": walk_j}
     for name, layout in (("i", layout_i), ("j", layout_j)):
-        places[f"pos_{name}"] = layout.memo("pos", lambda layout=layout: layout.pos_bn.to(torch.int32).contiguous())
+        places[f"pos_{name}"] = _stored(layout, "pos")
         if layout.doc_bn is not None:
-            places[f"doc_{name}"] = layout.memo("doc", lambda layout=layout: layout.doc_bn.to(torch.int32).contiguous())
+            places[f"doc_{name}"] = _stored(layout, "doc")
     return places
