@@ -318,7 +318,7 @@ def static_loop(net: Any, sizes: dict[str, int], ids: Any, count: int) -> Any:
     at = {"first": 0}
 
     def go_on(number: int) -> Callable[..., Any]:
-        def forward(x: Any, layout: Any, cache: Any = None) -> Any:
+        def forward(x: Any, *_: Any, **__: Any) -> Any:
             attn, rope = attns[number], attns[number].spec.positions
             q, k, v = (to(x).unflatten(-1, (shape[1], -1)).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v))
             here = place[at["first"] : at["first"] + x.shape[1]]
