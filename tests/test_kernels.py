@@ -167,7 +167,7 @@ def test_tiles_of_every_size_give_the_same(tile: tuple[int, ...], flags: dict[st
 
     chosen = tiles.Tile(*tile)
     with tiles.override(forward=chosen, dkdv=chosen, dq=chosen):
-        check(spec_of(heads=1, **flags), 330)
+        check(spec_of(heads=1, **flags), 260)
 
 
 @pytest.mark.parametrize("seating", ["plain", "packed_padded", "left_pad"])
