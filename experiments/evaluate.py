@@ -16,7 +16,7 @@ from xattn.experiments.configfile import load_config, save_config
 from xattn.experiments.data import check_corpus
 from xattn.experiments.decode import DECODED
 from xattn.experiments.device import pick_device, pick_precision
-from xattn.experiments.judge import AS_TRAINED, judge_all
+from xattn.experiments.judge import AS_TRAINED, judge_all, with_flags
 from xattn.experiments.kv_budgets import judge_budgets
 from xattn.experiments.launch import probe_decode
 from xattn.experiments.outcome import backend_summary
@@ -93,7 +93,7 @@ def evaluate(asked: EvaluateConfig) -> dict[str, Any]:
     judged["kv_budgets"] = judge_budgets(model, corpus, asked.eval, seq_len=config.trainer.seq_len, **where)
     judged["decode"] = _decoded(config)
     # Of the model with the evaluation-time flags: they may need another back-end than it was trained on.
-    backends = (model.with_flags(**asked.eval.flags) if asked.eval.flags else model).backends(longest)
+    backends = with_flags(model, asked.eval.flags).backends(longest)
     path = Path(asked.out) if asked.out is not None else _next_path(run_dir / FOLDER)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"run": run_dir.name, "eval": asdict(asked.eval), "backends": backends}

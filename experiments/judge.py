@@ -46,7 +46,7 @@ def judge_all(
             before_each()
             blocks = eval_blocks(corpus, tokens=eval_config.tokens, length=length, longest=longest)
             try:
-                judged = _with_flags(model, eval_config.flags | flags)
+                judged = with_flags(model, eval_config.flags | flags)
                 nll_bn = token_nll(judged, blocks, **where)
             except (ConfigError, xattn.TokenError) as error:
                 by_length[name][str(length)] = passkey[name][str(length)] = {"error": str(error)}
@@ -112,7 +112,8 @@ def score_positions(nll_bn: torch.Tensor, *, buckets: int) -> list[dict[str, Any
     ]
 
 
-def _with_flags(model: Any, flags: dict[str, Any]) -> Any:
+def with_flags(model: Any, flags: dict[str, Any]) -> Any:
+    """The model under evaluation-time flags: itself where there are none."""
     return model.with_flags(**flags) if flags else model
 
 

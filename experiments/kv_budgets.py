@@ -12,7 +12,7 @@ from xattn import ConfigError
 from xattn.cache.kind import kinds
 from xattn.experiments.data import Batch, Corpus, batches, eval_blocks
 from xattn.experiments.device import evaluating
-from xattn.experiments.judge import score
+from xattn.experiments.judge import score, with_flags
 from xattn.experiments.schema import EvalConfig
 
 
@@ -39,7 +39,7 @@ def judge_budgets(
     for budget in eval_config.kv_budgets:
         before_each()
         try:
-            judged = model.with_flags(**eval_config.flags) if eval_config.flags else model
+            judged = with_flags(model, eval_config.flags)
             keys = [kind.budget for kind in kinds(judged.spec.layers, kv_budget=budget, full_len=seq_len)]
             how = {"chunk": eval_config.kv_budget_chunk, "batch_tokens": eval_config.batch_tokens}
             nll_bn = pruned_nll(judged, blocks, keys, **how, device=device, precision=precision)

@@ -68,20 +68,18 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
 
         # As a worker would: from the file, which holds no secret of the environment.
         return run(load_config(run_dir / CONFIG), run_dir, quiet=quiet)
-    if config.trainer.memory and not (run_dir / MEMORY).exists():
-        say(f"{prefix}measuring peak memory")
-        measured = probe_memory(run_dir)
+    for what, wanted, file, measure in (
+        ("peak memory", config.trainer.memory, MEMORY, probe_memory),
+        ("decoding", config.eval.decode.tokens, DECODE, probe_decode),
+    ):
+        if not wanted or (run_dir / file).exists():
+            continue
+        say(f"{prefix}measuring {what}")
+        measured = measure(run_dir)
         if stopped():
-            stop = (record.INTERRUPTED, "stopped before the first step, while memory was measured")
+            stop = (record.INTERRUPTED, f"stopped before the first step, while {what.split()[-1]} was measured")
             return record.write_failure(run_dir, *stop, name=config.name, seed=config.seed, flags=config.model)
-        record.write_json(run_dir / MEMORY, measured)
-    if config.eval.decode.tokens and not (run_dir / DECODE).exists():
-        say(f"{prefix}measuring decoding")
-        found = probe_decode(run_dir)
-        if stopped():
-            stop = (record.INTERRUPTED, "stopped before the first step, while decoding was measured")
-            return record.write_failure(run_dir, *stop, name=config.name, seed=config.seed, flags=config.model)
-        record.write_json(run_dir / DECODE, found)
+        record.write_json(run_dir / file, measured)
     arguments = ["xattn.experiments.worker", str(run_dir), *(["--quiet"] if quiet else [])]
     if config.trainer.strategy != "none":
         processes = f"--nproc-per-node={config.trainer.processes}"
@@ -98,27 +96,26 @@ def probe_memory(run_dir: Path) -> dict[str, Any]:
     """Peak bytes of a training step and of an evaluation; a probe that dies leaves its reason instead of a number."""
     measured: dict[str, Any] = {}
     for kind in KINDS:
-        path = run_dir / f"memory-{kind}.json"
-        path.unlink(missing_ok=True)
         arguments = ["xattn.experiments.memory", str(run_dir), kind]
-        code, (_, error) = probe(arguments)
-        found = record.read_json(path)
-        if code == 0 and found is not None:
-            measured |= found
-        else:
-            measured |= {f"{kind}_peak_bytes": None, f"{kind}_error": error}
-        path.unlink(missing_ok=True)
+        found, error = _found(arguments, run_dir / f"memory-{kind}.json")
+        measured |= {f"{kind}_peak_bytes": None, f"{kind}_error": error} if found is None else found
     return measured
 
 
 def probe_decode(run_dir: Path) -> dict[str, Any]:
     """Memory and speed of decoding with the model and eval.decode of RUN_DIR/config.yaml; `error` where the probe died."""
     path = run_dir / "decode-probe.json"
+    found, error = _found(["xattn.experiments.decode", str(run_dir), str(path)], path)
+    return {"error": error} if found is None else found
+
+
+def _found(arguments: list[str], path: Path) -> tuple[dict[str, Any] | None, str]:
+    """What a probe left in `path`, which is removed; None, and the reason, where it died."""
     path.unlink(missing_ok=True)
-    code, (_, error) = probe(["xattn.experiments.decode", str(run_dir), str(path)])
-    found = record.read_json(path)
+    code, (_, error) = probe(arguments)
+    found = record.read_json(path) if code == 0 else None
     path.unlink(missing_ok=True)
-    return found if code == 0 and found is not None else {"error": error}
+    return found, error
 
 
 def probe(arguments: list[str]) -> tuple[int, tuple[str, str]]:

@@ -14,7 +14,7 @@ import torch
 import xattn
 from xattn.experiments import record
 from xattn.experiments.data import Corpus, eval_blocks
-from xattn.experiments.judge import judge, judge_all
+from xattn.experiments.judge import judge, judge_all, with_flags
 from xattn.experiments.kv_budgets import judge_budgets
 from xattn.experiments.memory import MAXRSS_UNIT
 from xattn.experiments.record import say
@@ -77,7 +77,7 @@ def _judge_raw(trained: Trained) -> dict[str, Any]:
     """The score of the weights that the average stands in for."""
     config, seq_len = trained.config.eval, trained.config.trainer.seq_len
     blocks = eval_blocks(trained.corpus, tokens=config.tokens, length=seq_len, longest=max(config.length_factors) * seq_len)
-    model = trained.model.with_flags(**config.flags) if config.flags else trained.model
+    model = with_flags(trained.model, config.flags)
     return judge(model, blocks, trained.corpus, config, device=trained.device, precision=trained.precision)
 
 
