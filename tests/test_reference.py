@@ -196,6 +196,20 @@ def test_reference_equals_the_papers_formulas(case: Case, seating: str) -> None:
         assert_exact(got[b], torch.tensor(want, dtype=torch.float64))
 
 
+def test_the_bound_masks_keys_whose_penalty_has_reached_it() -> None:
+    # head 0 votes 1 a query against every key, and no logit is larger: c = 1, T = 2 + ln 37 + 10
+    spec, n = parse_attention(**SIZES, attn_selective=True, selection_skip="bound"), 37
+    given = {name: torch.zeros(1, HEADS, n, DIM_HEAD, dtype=torch.float64) for name in ("q", "k", "v")}
+    given["q"][..., 0], given["k"][..., 0] = 2.0, 2.0
+    v = given["v"].requires_grad_()
+    out = run_reference(spec, given, Layout.plain(n))
+    (grad,) = torch.autograd.grad(out[:, :, -1].sum(), v)
+    reached = grad.abs().sum(dim=(0, 1, 3)) > 0
+    limit = 2 + math.log(n) + 10
+    # the last query is preceded by n - 2 - j votes against key j; the first token is never voted against
+    assert reached.tolist() == [j == 0 or n - 2 - j < limit for j in range(n)] and not bool(reached.all())
+
+
 # Rotary
 
 
