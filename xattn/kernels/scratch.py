@@ -13,7 +13,6 @@ Letters: y rows of tiles (of queries, or of keys when BY_KEYS), x tiles across.
 import triton
 import triton.language as tl
 
-TILE = 64
 SPARE = 1
 
 
