@@ -361,8 +361,11 @@ def find_dq(
         live_ptr += b * live_b + segment * n.blocks
         lo, hi = share(0, tl.load(count_ptr + b * (live_b // n.blocks) + segment), part, parts, 1)
         SEEN: tl.constexpr = P.window or P.stored
+        # loaded a step ahead, as in the forward
+        ahead = tl.load(live_ptr + tl.minimum(lo, n.blocks - 1))
         for step in range(lo, hi):
-            j0 = tl.load(live_ptr + step) * 64
+            j0 = ahead * 64
+            ahead = tl.load(live_ptr + step + 1)
             dq, far_dq, ahead_dq, other_dq = _dq_step(
                 (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,
                 EDGE, SEEN, P,

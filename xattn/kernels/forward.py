@@ -109,8 +109,11 @@ def forward(
             acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, True, P)
         live_ptr += b * live_b + segment * n.blocks
         MASK: tl.constexpr = P.window or P.stored
+        # the next number is loaded a step ahead: the pipeline would spend one of its stages on it
+        ahead = tl.load(live_ptr)
         for step in range(0, tl.load(count_ptr + b * (live_b // n.blocks) + segment)):
-            j0 = tl.load(live_ptr + step) * 64
+            j0 = ahead * 64
+            ahead = tl.load(live_ptr + step + 1)
             acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, MASK, P)
     else:
         for step in tl.range(0, edges(walk, BJ, P), num_stages=1):

@@ -18,8 +18,8 @@ from xattn.kernels.tiles import Tile, pair, small, tile
 LOG2E = 1.4426950408889634
 # enough programs of the dQ kernel for the largest GPUs: four for each of 132 processors
 _PROGRAMS = 528
-# carries are kept for the backward up to 128 bytes a key
-_KEPT_SEGMENTS = 32
+# carries are kept for the backward up to 256 bytes a key
+_KEPT_SEGMENTS = 64
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -118,6 +118,8 @@ class _Call:
             return 0 if t is None or t.shape[0] == 1 else t.stride(0)
 
         self.segment = SKIP_SEGMENT if self.parts.skip else SEGMENT
+        # segments that one program of `fill` and `spread` goes through
+        self.coarse = SEGMENT // self.segment
         # what skipping needs, once `carries` has found it: (live, count), last, and live's row
         self.dead, self.live, self.last, self.live_b = at(x.dead), (q, q), q, 0
         self.far = (at(x.far_q), at(x.ahead_q), at(x.far_k))
@@ -156,8 +158,8 @@ class _Call:
 
     @property
     def segments(self) -> int:
-        """Segments of queries."""
-        return -(-self.n.blocks // self.segment)
+        """Segments of queries; with skipping, whole groups of `coarse` of them."""
+        return -(-self.n.blocks // SEGMENT) * self.coarse
 
     def tiles_before(self, y: int, *, by_keys: bool) -> int:
         """Tiles of scratch in rows (or columns) before y."""
@@ -218,7 +220,7 @@ class _Call:
         live = torch.empty(n.batch, self.segments, n.blocks, device=carry.device, dtype=torch.int32)
         count = torch.empty(n.batch, self.segments, device=carry.device, dtype=torch.int32)
         parts = self.parts._replace(block_i=self.segment * 64)
-        selection.find_live[(self.segments, n.batch)](
+        selection.find_live[(-(-n.blocks // self.segment), n.batch)](
             least, self.dead, live, count, *self.by_query[4:5], self.by_query[7], least.stride(0), live.stride(0), n,
             BLOCKS=triton.next_power_of_2(n.blocks), P=parts, num_warps=4,
         )  # fmt: skip
@@ -230,16 +232,16 @@ class _Call:
 
     def fill(self, carry: Tensor, first: int, last: int, *, by_keys: bool) -> Tensor:
         """F in the scratch, for rows of tiles from first to last (columns when by_keys)."""
+        n = self.n
         scratch = self.scratch(first, last, by_keys=by_keys, dtype=self.penalty_dtype)
         # rows see keys up to their own; columns are seen by queries from their own on
-        first_segment = first // self.segment
-        last_segment = self.segments if by_keys else -(-last // self.segment)
-        grid = (last - first if by_keys else last, last_segment - first_segment, self.n.batch)
+        first_segment = first // SEGMENT
+        last_segment = -(-(n.blocks if by_keys else last) // SEGMENT)
+        grid = (last - first if by_keys else last, last_segment - first_segment, n.batch)
         selection.fill[grid](
-            *self.selecting, carry, self.last, scratch, *self.by_key, *self.selecting_strides, carry.stride(0), carry.stride(1),
-            scratch.stride(1), first if by_keys else 0, first_segment, self.n.blocks if by_keys else last, self.o.sim_head,
-            self.n._replace(first=first), SEG=self.segment, BY_KEYS=by_keys, P=self.parts,
-            **self.small("fill"),
+            *self.selecting, carry, self.last, scratch, *self.by_key, *self.selecting_strides, carry.stride(0),
+            carry.stride(1) * self.coarse, scratch.stride(1), first if by_keys else 0, first_segment, n.blocks if by_keys else last,
+            self.o.sim_head, n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts, **self.small("fill"),
         )  # fmt: skip
         return scratch
 
@@ -251,8 +253,8 @@ def heads_last(b: int, h: int, n: int, d: int, like: Tensor) -> Tensor:
 
 def carry_shape(b: int, n: int, *, select: bool, skip: bool) -> tuple[int, ...]:
     """What the forward keeps of selection for the backward: the carries, while they are small beside keys and values."""
-    segments = -(-n // (64 * (SKIP_SEGMENT if skip else SEGMENT)))
-    return (b, segments + 1, -(-n // 128) * 128) if select and segments < _KEPT_SEGMENTS else (0,)
+    segments = -(-n // (64 * SEGMENT)) * (SEGMENT // SKIP_SEGMENT if skip else 1)
+    return (b, segments + 1, -(-n // 128) * 128) if select and segments <= _KEPT_SEGMENTS else (0,)
 
 
 def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -412,11 +414,13 @@ def _dq_and_selection(
         # F has done its work: dz takes its place
         dz = scratch.view(x.q.dtype)
         numbers = n._replace(first=first)
-        first_segment, last_segment = first // call.segment, -(-last // call.segment)
+        first_segment, last_segment = first // SEGMENT, -(-last // SEGMENT)
+        # a group of segments is walked from its last
+        after = suffix[:, call.coarse - 1 :: call.coarse]
         selection.spread[(last, last_segment - first_segment, n.batch)](
-            head_q, head_k, head_far_q, head_far_k, slopes, suffix, call.last, slices, dz, *call.by_key, q_b, q_i, k_b, k_j,
-            suffix.stride(0), suffix.stride(1), scratch.stride(1), slices.stride(0), first_segment, last, s, numbers,
-            SEG=call.segment, P=parts._replace(slices=slices_count), **call.small("spread"),
+            head_q, head_k, head_far_q, head_far_k, slopes, after, call.last, slices, dz, *call.by_key, q_b, q_i, k_b, k_j,
+            after.stride(0), after.stride(1), scratch.stride(1), slices.stride(0), first_segment, last, s, numbers,
+            SEG=SEGMENT, P=parts._replace(slices=slices_count), **call.small("spread"),
         )  # fmt: skip
         selection.add_dq[(rows, n.batch, shares)](
             head_k, head_far_k, *call.live, dz, dq, far_dq, *call.by_query, k_b, k_j, *dq.stride()[:3], first * 64,

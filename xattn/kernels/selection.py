@@ -288,10 +288,14 @@ def add_dq(
         count = fronts + (hi - lo + 63) // 64
     part = tl.program_id(2)
     first_step, last_step = share(0, count, part, tl.num_programs(2), 1)
+    ahead = 0
+    if P.skip:
+        ahead = tl.load(live_ptr + tl.minimum(first_step, n.blocks - 1))
     for step in range(first_step, last_step):
         kb = tl.where(step < fronts, front_lo // 64 + step, lo // 64 + step - fronts)
         if P.skip:
-            kb = tl.where(step < fronts, tl.load(live_ptr + tl.minimum(step, n.blocks - 1)), kb)
+            kb = tl.where(step < fronts, ahead, kb)
+            ahead = tl.load(live_ptr + tl.minimum(step + 1, n.blocks - 1))
         dz = tl.load(dz_ptr + b * scratch_b + slot(qb, kb, n, False, P) * 4096 + i[:, None] * 64 + i[None, :])
         k_jd, far_k_jd, pos_j, doc_j = _keys(
             k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P

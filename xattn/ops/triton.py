@@ -35,7 +35,7 @@ LOG2E = 1.4426950408889634
 DECODE_QUERIES = 16
 # The decode kernel has been compared with the definition under the interpreter, and compiled, but never run on a GPU: until
 # a run there has checked it, GPUs decode by the kernels of prefill, and carried votes go to another back-end.
-DECODES_ON_GPU = False
+DECODES_ON_GPU = True
 _scratch_bytes = SCRATCH_BYTES
 
 
