@@ -282,7 +282,7 @@ class StaticCache:
         if cache.rows is not rows:
             raise ConfigError("the cache has gone on by other calls since these static steps began; begin them anew")
         if rows.longest >= self.max_len:
-            raise TokenError(f"static steps were begun with max_len={self.max_len}, and a row would have {rows.longest + 1} tokens")
+            raise TokenError(f"static steps began with max_len={self.max_len}, and a row would have {rows.longest + 1} tokens")
         cache.stepping = True
         yield
         rows.tick()

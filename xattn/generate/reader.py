@@ -75,10 +75,10 @@ class Reader:
 
     def read(self, ids_bn: Tensor, mask_bn: Tensor | None = None) -> Tensor:
         """Logits (b v), float32 or better, of the token after these; the last slot of every row is a token."""
-        first = not self._read
-        self._mask_bp = mask_bn if first else self._mask_bp
+        begun = bool(self._read)
+        self._mask_bp = self._mask_bp if begun else mask_bn
         self._read.append(ids_bn)
-        if self.static and not first:
+        if self.static and begun:
             return self._steps(ids_bn)
         if self.cache is None:
             logits_bnv = self.net(self.ids_bt, mask=self.mask_bt, max_len=self.max_len, extrapolate=self.extrapolate)
@@ -143,12 +143,11 @@ def reader_for(
     elif cache_kv:
         cache = net.cache(batch, kv_budget=kv_budget, max_len=max(total, 1))
     static = is_static(static, net, cached=cache_kv, steps=steps)
-    max_len = max(total, 1)
-    if cache is not None:
-        # an own cache was opened for that; one with a prompt in it holds more
-        held = cache.rows.longest + max_len
-        max_len = held if cache.max_len is None else min(held, cache.max_len)
+    max_len = max(total, 1) if cache is None else None
+    if static:
+        # an own cache was opened for all tokens; one with a prompt in it takes them beside what it holds
+        max_len = cache.rows.longest + max(total, 1)
+        max_len = max_len if cache.max_len is None else min(max_len, cache.max_len)
     return Reader(
-        net, cache=cache, extrapolate=extrapolate, prefill_chunk=prefill_chunk, max_len=max_len if static or cache is None else None,
-        static=static,
-    )  # fmt: skip
+        net, cache=cache, extrapolate=extrapolate, prefill_chunk=prefill_chunk, max_len=max_len, static=static
+    )
