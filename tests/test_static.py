@@ -112,14 +112,12 @@ def test_a_step_never_waits_for_the_host_and_moves_no_storage(kind: str, rows: s
     flags, options = KINDS[kind]
     net = model(flags)
     step = StaticStep(net, begun(net, rows, **options))
-    homes = [t.data_ptr() for holder in (step.static._clock, *step.static._slots, *step.static.layers) for t in holder.stores()]
+    homes = [t.data_ptr() for t in step.static.stores()]
     for token_b in ids_of(4, 3).unbind(dim=1):
         step.ids_b1.copy_(token_b[:, None])
         with torch.no_grad(), step.static.step(), NoSync():
             step.compute()
-    assert homes == [
-        t.data_ptr() for holder in (step.static._clock, *step.static._slots, *step.static.layers) for t in holder.stores()
-    ]
+    assert homes == [t.data_ptr() for t in step.static.stores()]
 
 
 @pytest.mark.parametrize("kind", ["mix", "budget", "self_extend"])
@@ -273,6 +271,23 @@ def test_options_that_static_steps_cannot_honour_are_refused() -> None:
     with pytest.raises(xattn.ConfigError, match="hooks"):
         ar.generate(RAGGED, 3, static=True)
     hook.remove()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("kind", ["mix", "budget"])
+def test_a_compiled_step_in_a_graph_says_the_same(kind: str, mode: str) -> None:
+    flags, options = KINDS[kind]
+    net, ids = model(flags, torch.float32).to("cuda"), ids_of(20, 3).to("cuda")
+    outs = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        cache = net.cache(3, max_len=60, **options)
+        feed(net, cache, ids[:, :11], (7, 4))
+        step = StaticStep(net, cache)
+        outs.append(stepped(step.compile(mode=mode) if compiled else step, ids[:, 11:]))
+    assert error(outs[0], outs[1].double()) < 1e-4 * float(outs[1].abs().max())
 
 
 @pytest.mark.gpu

@@ -289,14 +289,17 @@ class StaticCache:
         cache.lower_bound(rows.count_b - cache.rollback)
         cache.stepping = False
 
+    def stores(self) -> list[Tensor]:
+        """Every tensor that steps change."""
+        return [store for holder in (self._clock, *self._slots, *self.layers) for store in holder.stores()]
+
     def reorder(self, index_b: Tensor) -> None:
         """Row r becomes a copy of row index[r], in place; index is on the device, one number a row."""
         cache = self.cache
         cache.refuse_unfinished()
-        for holder in (self._clock, *self._slots, *self.layers):
-            for store in holder.stores():
-                if len(store) == cache.batch:
-                    store.copy_(store[index_b])
+        for store in self.stores():
+            if len(store) == cache.batch:
+                store.copy_(store[index_b])
         if not self._rows.alike:
             cache.take_rows(index_b)
             self._rows = cache.rows

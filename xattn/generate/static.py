@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from xattn.cache.cache import Cache
 from xattn.cache.static import StaticCache
 from xattn.errors import ConfigError, ShapeError
+from xattn.ops.triton import decodes
 
 # steps that run before one is captured: kernels are compiled and libraries set up in them
 WARM_UP = 2
@@ -38,7 +39,8 @@ class StaticStep:
         net.check_length(self.static.reach + 1, extrapolate=extrapolate)
         self.net, self.extrapolate = net, extrapolate
         self.ids_b1 = torch.zeros(cache.batch, 1, dtype=torch.long, device=cache.device)
-        self.compute = self._compute
+        self._compiled: Any = None
+        self._own_graphs = False
         self._graph: Any = None
         self._stream: Any = None
         self._logits_bv: Tensor | None = None
@@ -57,10 +59,23 @@ class StaticStep:
             self.ids_b1.copy_(token_b[:, None])
             return self._run()
 
-    def compile(self, **options: Any) -> "StaticStep":
-        """The same, by torch.compile(fullgraph=True, **options); what the compiler makes is captured like the rest."""
-        self.compute, self._graph, self._warm = torch.compile(self._compute, fullgraph=True, **options), None, 0
+    def compile(self, *, mode: str | None = None, **options: Any) -> "StaticStep":
+        """The same, by torch.compile(fullgraph=True, mode=mode, **options); what the compiler makes is captured like the rest.
+
+        With mode "reduce-overhead" or "max-autotune" the compiler makes its own CUDA graphs, and nothing is captured here.
+        """
+        self._own_graphs = mode in ("reduce-overhead", "max-autotune")
+        if self._own_graphs:
+            # it takes tensors that a step changes into a graph only where they are known to stay
+            for store in (self.ids_b1, *self.static.stores()):
+                torch._dynamo.mark_static_address(store)
+        self._compiled = torch.compile(self._compute, fullgraph=True, mode=mode, **options)
+        self._graph, self._warm = None, 0
         return self
+
+    def compute(self) -> Tensor:
+        """What a step does on the device, from `ids_b1` to logits."""
+        return self._compute() if self._compiled is None else self._compiled()
 
     def reorder(self, index_b: Tensor) -> None:
         """Row r goes on as row index[r] did, in place, as beams do."""
@@ -71,7 +86,7 @@ class StaticStep:
         return logits_bv.to(torch.promote_types(logits_bv.dtype, torch.float32))
 
     def _run(self) -> Tensor:
-        if self.ids_b1.device.type != "cuda":
+        if self.ids_b1.device.type != "cuda" or self._own_graphs:
             return self.compute()
         if self._graph is None and self._warm < WARM_UP:
             self._warm += 1
@@ -98,8 +113,13 @@ class StaticStep:
         graph = torch.cuda.CUDAGraph()
         # other threads, such as those that load data, may call CUDA meanwhile
         how = {"stream": self._stream, "capture_error_mode": "thread_local"}
-        with weights_cast_anew("cuda"), torch.cuda.graph(graph, **how):
-            self._logits_bv = self.compute()
+        try:
+            with weights_cast_anew("cuda"), torch.cuda.graph(graph, **how):
+                self._logits_bv = self.compute()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ConfigError(f"the step cannot be a CUDA graph: {error}; generate with static=False") from error
         self._graph = graph
 
 
@@ -131,7 +151,9 @@ def is_static(asked: bool | None, net: nn.Module, *, cached: bool, steps: int) -
         ConfigError: asked for without a cache, or for a net with hooks.
     """
     if asked is None:
-        return cached and net.head_vm.device.type == "cuda" and steps >= LEAST_STEPS and not hooked(net)
+        # the kernels of prefill, which stand in for an unchecked decode kernel, read tables that the host makes
+        pays = net.head_vm.device.type == "cuda" and decodes("cuda") and steps >= LEAST_STEPS
+        return cached and pays and not hooked(net)
     if asked and not cached:
         raise ConfigError("static=True has no effect: cache_kv is False; set it or drop static")
     if asked:
