@@ -6,8 +6,8 @@
 
 attention: one query a row against 32k keys, dense and window, budget, selective and Self-Extend; a case's rate is the bytes
 of the keys and values it must read, over its time. bytes: what a layer's cache holds. model: a byte model of 25 M parameters,
-256 bytes of prompt and 512 new ones. Ours is compared with the float64 definition before it is timed. Rows go to
-benchmarks/results/decode.jsonl as they come.
+256 bytes of prompt and 512 new ones; ours by its default, which on a GPU is static steps, their capture included. Attention of
+ours is compared with the float64 definition before it is timed. Rows go to benchmarks/results/decode.jsonl as they come.
 """
 
 import argparse

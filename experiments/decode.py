@@ -3,8 +3,8 @@
     python -m xattn.experiments.decode RUN_DIR OUT.json
 
 At each evaluation length the last eval.decode.tokens tokens (half of it at most) are decoded one by one, greedily, as `generate`
-does, and what stands before them is the prompt. Weights are freshly initialised, under eval.flags, and nothing is compiled.
-Memory is counted as in memory.py; weights and cache are part of it.
+does (on a GPU in static steps), and what stands before them is the prompt. Weights are freshly initialised, under eval.flags,
+and nothing is compiled. Memory is counted as in memory.py; weights and cache are part of it.
 """
 
 import statistics
@@ -24,6 +24,7 @@ from xattn.experiments.memory import give_back, method, peak_bytes, reset_peak
 from xattn.experiments.record import CONFIG, write_json
 from xattn.experiments.schema import RunConfig
 from xattn.generate.reader import Reader
+from xattn.generate.static import is_static
 
 # new tokens where eval.decode.tokens does not say
 DECODED = 32
@@ -64,7 +65,8 @@ def _decode(config: RunConfig, device: torch.device, *, length: int, tokens: int
         new = max(min(tokens, length // 2), 1)
         prompt = max(length - new, 1)
         cache = model.cache(batch, max_len=prompt + new)
-        reader = Reader(model, cache=cache, extrapolate=True)
+        static = is_static(None, model, cached=True, steps=new)
+        reader = Reader(model, cache=cache, extrapolate=True, static=static)
         started = _now(device)
         token_b = reader.read(torch.zeros(batch, prompt, dtype=torch.int64, device=device)).argmax(dim=-1)
         prefill_seconds = _now(device) - started

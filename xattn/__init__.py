@@ -10,6 +10,7 @@ from xattn.errors import (
     TokenError,
     UnsupportedFeature,
 )
+from xattn.generate.static import StaticStep
 from xattn.nn.layers import Decoder, Encoder
 from xattn.nn.wrapper import AutoregressiveWrapper, TransformerWrapper, build
 from xattn.ops.attention import attend
@@ -28,6 +29,7 @@ __all__ = [
     "FlagWarning",
     "Layout",
     "ShapeError",
+    "StaticStep",
     "TokenError",
     "TransformerWrapper",
     "UnsupportedFeature",

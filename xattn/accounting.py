@@ -79,18 +79,18 @@ def kv_bytes(spec: ModelSpec | LayersSpec, n: int, itemsize: int = 2, kv_budget:
 
 def cache_bytes(
     spec: ModelSpec | LayersSpec, n: int, *, batch: int = 1, itemsize: int = 2, kv_budget: KvBudget = None, rollback: int = 0,
-    max_len: int | None = None,
+    max_len: int | None = None, static: bool = False,
 ) -> int:  # fmt: skip
     """Bytes that `Cache.nbytes()` says after n tokens in each row: slots as allocated, with their positions.
 
     Layers that keep the same tokens share one int64 position a slot for the whole batch while all rows are alike; a pruned
-    layer has one for each row.
+    layer has one for each row. static: once `StaticStep` has begun, each ring has a slot more.
     """
     layers, total, tables = spec.layers if isinstance(spec, ModelSpec) else spec, 0, {}
     full_len = max_len if max_len is not None else _full_len(spec)
     of = kinds(layers, kv_budget=kv_budget, rollback=rollback, full_len=full_len)
     for i, (block, kind) in enumerate(zip(layers.blocks, of, strict=True)):
-        slots = kind.capacity(n, max_len if n else None)
+        slots = kind.capacity(n, max_len if n or static else None) + (static and kind.ring is not None)
         total += batch * slots * kind.slot_bytes(block.attention, itemsize)
         tables[i if kind.budget else (kind.ring, kind.sinks)] = slots * (batch if kind.budget else 1) * POSITION_BYTES
     return total + sum(tables.values())

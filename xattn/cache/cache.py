@@ -64,6 +64,8 @@ class Cache:
         # the fewest tokens a row that F can be turned back to
         self._low_b = torch.zeros(batch, dtype=torch.long)
         self._chunk: Chunk | None = None
+        # whether a static step is under way
+        self.stepping = False
 
     def _layer(self, kind: Kind, attn: Any) -> LayerCache:
         where = {"batch": self.batch, "dtype": self.dtype, "device": self.device}
@@ -98,19 +100,11 @@ class Cache:
             ConfigError: layers, a batch, dtype or device it was not opened for, gradients, or a call before that did not end.
             TokenError: no token, or beyond max_len.
         """
-        batch, n = like.shape[:2]
-        self._refuse_unfinished()
+        n = like.shape[1]
+        self.refuse_unfinished()
         if n < 1:
             raise TokenError("a call with a cache needs one token or more")
-        if spec is not self.spec and spec != self.spec:
-            raise ConfigError("the cache was opened for other flags than this model has; open one with model.cache(...)")
-        if batch != self.batch:
-            raise ConfigError(f"the cache was opened for batch={self.batch}, and this call has {batch} rows")
-        for name, had, got in (("dtype", self.dtype, dtype), ("device", self.device, like.device)):
-            if had != got:
-                raise ConfigError(f"the cache was opened with {name}={had}, and this call has {got}; open one that fits")
-        if torch.is_grad_enabled():
-            raise ConfigError("a cache keeps no gradients; call the model under torch.no_grad() or torch.inference_mode()")
+        self.check(spec, like, dtype)
         chunk = self.rows.read(n, device=self.device, mask=mask, doc_ids=doc_ids)
         if self.max_len is not None and chunk.end.longest > self.max_len:
             raise TokenError(f"the cache was opened with max_len={self.max_len}, and a row would have {chunk.end.longest} tokens")
@@ -120,6 +114,18 @@ class Cache:
             layer.begin(chunk, self.max_len) if isinstance(layer, PrunedLayer) else layer.begin(chunk)
         self._chunk = chunk
         return chunk.layout
+
+    def check(self, spec: LayersSpec, like: Tensor, dtype: torch.dtype) -> None:
+        """Raises ConfigError for layers, a batch, dtype or device it was not opened for, and for gradients."""
+        if spec is not self.spec and spec != self.spec:
+            raise ConfigError("the cache was opened for other flags than this model has; open one with model.cache(...)")
+        if like.shape[0] != self.batch:
+            raise ConfigError(f"the cache was opened for batch={self.batch}, and this call has {like.shape[0]} rows")
+        for name, had, got in (("dtype", self.dtype, dtype), ("device", self.device, like.device)):
+            if had != got:
+                raise ConfigError(f"the cache was opened with {name}={had}, and this call has {got}; open one that fits")
+        if torch.is_grad_enabled():
+            raise ConfigError("a cache keeps no gradients; call the model under torch.no_grad() or torch.inference_mode()")
 
     def commit(self) -> None:
         """The call has gone through all layers."""
@@ -131,14 +137,24 @@ class Cache:
             low_b = chunk.end.count_b - self.rollback
             if chunk.n > self.rollback:
                 low_b = torch.maximum(low_b, chunk.tokens_before_last(self.rollback))
-            self._low_b = torch.maximum(self._low_b, low_b)
+            self.lower_bound(low_b)
         self.rows, self._chunk = chunk.end, None
 
-    def _refuse_unfinished(self) -> None:
-        if self._chunk is not None:
+    def lower_bound(self, low_b: Tensor) -> None:
+        """F can no more be turned back to fewer tokens a row than these."""
+        self._low_b = torch.maximum(self._low_b, low_b)
+
+    def refuse_unfinished(self) -> None:
+        """Raises ConfigError after a call, or a static step, that did not end."""
+        if self._chunk is not None or self.stepping:
             raise ConfigError("the last call with this cache failed midway and left it half written; use an earlier clone()")
 
     # between calls
+
+    @property
+    def reach(self) -> int:
+        """The farthest next position of any row."""
+        return self.rows.reach
 
     def clone(self) -> "Cache":
         """A copy that shares nothing: many requests may go on from one prompt."""
@@ -154,7 +170,7 @@ class Cache:
         self.__dict__.update(other.__dict__)
 
     def _taken(self, index: Tensor) -> "Cache":
-        self._refuse_unfinished()
+        self.refuse_unfinished()
         if index.ndim != 1 or len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= self.batch:
             raise ShapeError(f"rows {index.tolist()} are not all in 0 to {self.batch - 1}; give one axis of row numbers")
         new = object.__new__(Cache)
@@ -163,8 +179,12 @@ class Cache:
         new._slots = {key: slots.taken(at) for key, slots in self._slots.items()}
         shared = {id(slots): new._slots[key] for key, slots in self._slots.items()}
         new.layers = [layer.taken(at, shared.get(id(layer.slots))) for layer in self.layers]
-        new.rows, new._low_b = self.rows.take(index), self._low_b[index.cpu()]
+        new.take_rows(index)
         return new
+
+    def take_rows(self, index: Tensor) -> None:
+        """The host's part of `reorder`."""
+        self.rows, self._low_b = self.rows.take(index), self._low_b[index.cpu()]
 
     def crop(self, length: int | Tensor) -> None:
         """Takes tokens back, so that each row has had `length` of them (a number, or one for each row), as if it never read more.
@@ -175,7 +195,7 @@ class Cache:
             ConfigError: beyond the row's current document, beyond what a ring still holds or F's versions reach (open the
                 cache with rollback=...), or after a key was pruned. Nothing has changed then.
         """
-        self._refuse_unfinished()
+        self.refuse_unfinished()
         rows = self.rows
         length_b = torch.as_tensor(length).cpu().expand(self.batch).long()
         back_b = rows.count_b - length_b

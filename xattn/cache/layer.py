@@ -45,7 +45,7 @@ class LayerCache:
 
     def nbytes(self) -> int:
         """Bytes of keys, values and votes, as allocated."""
-        return sum(t.nbytes for t in self.stores())
+        return sum(t.untyped_storage().nbytes() for t in self.stores())
 
     def stores(self) -> list[Tensor]:
         """Its tensors."""
@@ -62,7 +62,7 @@ class LayerCache:
 
     def extend(self, k_bgnd: Tensor, v_bgnd: Tensor) -> View:
         """The view for a call's queries, given its own keys and values, which enter the storage now or in `retain`."""
-        self._grow(self.slots.capacity)
+        self.grow(self.slots.capacity)
         chunk, slots = self._chunk, self.slots
         self._new = (k_bgnd, v_bgnd)
         fresh = slots.layout is chunk.layout
@@ -96,7 +96,8 @@ class LayerCache:
         new.votes_bus = None if self.votes_bus is None else self.votes_bus[index]
         return new
 
-    def _grow(self, capacity: int) -> None:
+    def grow(self, capacity: int) -> None:
+        """Room for that many slots, never less than there is."""
         if capacity > self.k_bgsd.shape[2]:
             self.k_bgsd, self.v_bgsd = (grown(t, capacity, dim=2) for t in (self.k_bgsd, self.v_bgsd))
             if self.votes_bus is not None:
@@ -136,5 +137,3 @@ class LayerCache:
                 one = self.votes_bus[rows[:, 0], version_b]
                 slots.place.write(one, votes_bn)
                 self.votes_bus[rows[:, 0], version_b] = one
-
-

@@ -50,7 +50,7 @@ class PrunedLayer(LayerCache):
             self._layout = chunk.layout
             return View(k_bgjd=k_bgnd, v_bgjd=v_bgnd, layout=chunk.layout, carry_bj=self._votes().new_zeros(*k_bgnd.shape[::2]))
         slots.grow(room)
-        self._grow(room)
+        self.grow(room)
         victim_b = self._victim()
         if self._one_by_one:
             return self._replace(victim_b, self.kind.held(chunk.end.longest))
@@ -85,25 +85,19 @@ class PrunedLayer(LayerCache):
         return self.votes_bus[:, 0]
 
     def _rank(self, pos_bs: Tensor, doc_bs: Tensor | None, votes_bs: Tensor, *, at: Rows, next_b: Tensor) -> Tensor:
-        """How readily each key leaves (b s), when the next query stands at next: inf first, -inf never."""
-        current = torch.ones_like(pos_bs, dtype=torch.bool)
-        if doc_bs is not None:
-            current = doc_bs == at.doc_b.to(pos_bs.device)[:, None]
-        dead = (pos_bs < 0) | ~current
-        if self.kind.window is not None:
-            dead |= (pos_bs <= next_b.to(pos_bs.device)[:, None] - self.kind.window) & (pos_bs >= self.kind.sinks)
-        return votes_bs.masked_fill(current & (pos_bs == 0), -INF).masked_fill(dead, INF)
+        """`rank` for rows that are where the host says."""
+        doc_b1, next_b1 = (t.to(pos_bs.device)[:, None] for t in (at.doc_b, next_b))
+        return rank(self.kind, pos_bs, doc_bs, votes_bs, doc_b1=doc_b1, next_b1=next_b1)
 
     def _victim(self) -> Tensor:
-        """The slot of each row that a new token takes: an empty one, or the key most voted against, the oldest of equals."""
+        """The slot of each row that a new token takes."""
         slots, chunk = self.slots, self._chunk
         # the first of the call's tokens decides what is in sight
         same_b = chunk.end.doc_b == chunk.start.doc_b
         next_b = torch.where(same_b, chunk.start.next_b, 0)
         at = chunk.end if self._one_by_one else chunk.start
         rank_bs = self._rank(slots.pos_rs, slots.doc_rs, self._votes(), at=at, next_b=next_b)
-        worst_b1 = rank_bs.amax(dim=1, keepdim=True)
-        return slots.pos_rs.masked_fill(rank_bs < worst_b1, torch.iinfo(torch.long).max).argmin(dim=1)
+        return victim(rank_bs, slots.pos_rs)
 
     def _replace(self, victim_b: Tensor, held: int) -> View:
         """One new token a row, written where the victim was."""
@@ -153,3 +147,20 @@ class PrunedLayer(LayerCache):
         return tuple(
             torch.cat([t[:, :, :held], new], dim=2) for t, new in zip((self.k_bgsd, self.v_bgsd), self._new, strict=True)
         )
+
+
+def rank(
+    kind: Kind, pos_bs: Tensor, doc_bs: Tensor | None, votes_bs: Tensor, *, doc_b1: Tensor | None, next_b1: Tensor
+) -> Tensor:
+    """How readily each key leaves (b s), when the next query stands at next in document doc: inf first, -inf never."""
+    current = torch.ones_like(pos_bs, dtype=torch.bool) if doc_bs is None else doc_bs == doc_b1
+    dead = (pos_bs < 0) | ~current
+    if kind.window is not None:
+        dead |= (pos_bs <= next_b1 - kind.window) & (pos_bs >= kind.sinks)
+    return votes_bs.masked_fill(current & (pos_bs == 0), -INF).masked_fill(dead, INF)
+
+
+def victim(rank_bs: Tensor, pos_bs: Tensor) -> Tensor:
+    """The slot (b,) that leaves first: an empty one, or the key most voted against, the oldest of equals."""
+    worst_b1 = rank_bs.amax(dim=1, keepdim=True)
+    return pos_bs.masked_fill(rank_bs < worst_b1, torch.iinfo(torch.long).max).argmin(dim=1)

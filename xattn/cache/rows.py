@@ -76,6 +76,13 @@ class Rows:
         """Whether all rows are at one place of their only document."""
         return not self.packed and bool((self.count_b == self.count_b[0]).all())
 
+    def tick(self) -> None:
+        """Each row has read one more token of its document, in place."""
+        self.count_b += 1
+        self.next_b += 1
+        self.gap_b.fill_(False)
+        torch.maximum(self.high_b, self.next_b, out=self.high_b)
+
     def clone(self) -> "Rows":
         """A copy that shares nothing."""
         return self.take(torch.arange(self.batch))

@@ -54,7 +54,7 @@ class Slots:
 
     def nbytes(self) -> int:
         """Bytes of the positions, and of the documents where there are any."""
-        return sum(t.nbytes for t in (self.pos_rs, self.doc_rs) if t is not None)
+        return sum(t.untyped_storage().nbytes() for t in (self.pos_rs, self.doc_rs) if t is not None)
 
     def begin(self, chunk: Chunk, max_len: int | None) -> None:
         """Makes room for a call's tokens and says where keys stand during it."""
@@ -139,7 +139,7 @@ class Slots:
             kept = [torch.arange(pinned, device=device), torch.arange(max(pinned, n - ring), n, device=device)]
             cols = torch.cat(kept)[None]
             rows = torch.arange(chunk.start.batch, device=device)[:, None]
-            return Place(rows=rows, cols=cols, slots=self._ring_slot(first + cols))
+            return Place(rows=rows, cols=cols, slots=self.ring_slot(first + cols))
         pos_bn, token_bn = chunk.layout.pos_bn, chunk.layout.pos_bn >= 0
         if ring is None:
             rows, cols = token_bn.nonzero(as_tuple=True)
@@ -148,12 +148,12 @@ class Slots:
             token_bn = token_bn & (chunk.layout.doc_bn == chunk.end.doc_b.to(device)[:, None])
         recent_bn = pos_bn >= chunk.end.next_b.to(device)[:, None] - ring
         rows, cols = (token_bn & (recent_bn | (pos_bn < sinks))).nonzero(as_tuple=True)
-        return Place(rows=rows, cols=cols, slots=self._ring_slot(pos_bn[rows, cols]))
+        return Place(rows=rows, cols=cols, slots=self.ring_slot(pos_bn[rows, cols]))
 
-    def _ring_slot(self, pos: Tensor) -> Tensor:
+    def ring_slot(self, pos: Tensor) -> Tensor:
+        """The slot of a ring that keeps the token at a position."""
         sinks, ring = self.kind.sinks, self.kind.ring
         return pos if ring == 0 else torch.where(pos < sinks, pos, sinks + (pos - sinks) % ring)
-
 
 
 def grown(old: Tensor, size: int, *, dim: int, value: int = 0) -> Tensor:

@@ -26,6 +26,7 @@ def beam_search(
     cache_kv: bool = True,
     cache: Cache | None = None,
     prefill_chunk: int | None = None,
+    static: bool | None = None,
     pad_value: int = 0,
     extrapolate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,8 +45,9 @@ def beam_search(
     ids, mask, single = align(prompts, prompt_lens=prompt_lens, pad_value=pad_value)
     b, device = len(ids), ids.device
     reader = reader_for(
-        net, b, ids.shape[1] + seq_len - 1, cache_kv=cache_kv, cache=cache, prefill_chunk=prefill_chunk, extrapolate=extrapolate
-    )
+        net, b, ids.shape[1] + seq_len - 1, cache_kv=cache_kv, cache=cache, prefill_chunk=prefill_chunk, extrapolate=extrapolate,
+        static=static, steps=seq_len - 1,
+    )  # fmt: skip
     rows_b1 = torch.arange(b, device=device)[:, None] * beams
     with evaluating(net):
         logits_v = reader.read(ids, mask)

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from xattn.cache.cache import Cache
 from xattn.cache.kind import KvBudget
 from xattn.errors import ConfigError, ShapeError, TokenError
+from xattn.generate.static import StaticStep, is_static
 
 
 def align(
@@ -45,21 +46,40 @@ class Reader:
     Args:
         net: a `TransformerWrapper`. cache: where it keeps what it has read; None reads everything anew each time.
         prefill_chunk: tokens read at a time, with a cache (default: all that are given).
-        max_len: tokens that there will be in all, where no cache knows it.
+        max_len: tokens that there will be in all, where the cache does not know it.
+        static: read what comes after the prompt in static steps, over a cache allocated for max_len.
     """
 
     def __init__(
         self, net: nn.Module, *, cache: Cache | None, extrapolate: bool = False, prefill_chunk: int | None = None,
-        max_len: int | None = None,
+        max_len: int | None = None, static: bool = False,
     ) -> None:  # fmt: skip
         self.net, self.cache, self.extrapolate, self.prefill_chunk = net, cache, extrapolate, prefill_chunk
-        self.max_len = max_len
-        self.ids_bt: Tensor | None = None
-        self.mask_bt: Tensor | None = None
+        self.max_len, self.static = max_len, static
+        self._step: StaticStep | None = None
+        self._read: list[Tensor] = []
+        self._mask_bp: Tensor | None = None
+
+    @property
+    def ids_bt(self) -> Tensor:
+        """The tokens read so far, for the uncached path and for what looks at repetition."""
+        self._read = [torch.cat(self._read, dim=1)]
+        return self._read[0]
+
+    @property
+    def mask_bt(self) -> Tensor | None:
+        """Which of them are tokens; None for all."""
+        if self._mask_bp is None:
+            return None
+        return pad(self._mask_bp, (0, self.ids_bt.shape[1] - self._mask_bp.shape[1]), value=True)
 
     def read(self, ids_bn: Tensor, mask_bn: Tensor | None = None) -> Tensor:
         """Logits (b v), float32 or better, of the token after these; the last slot of every row is a token."""
-        self._keep(ids_bn, mask_bn)
+        begun = bool(self._read)
+        self._mask_bp = self._mask_bp if begun else mask_bn
+        self._read.append(ids_bn)
+        if self.static and begun:
+            return self._steps(ids_bn)
         if self.cache is None:
             logits_bnv = self.net(self.ids_bt, mask=self.mask_bt, max_len=self.max_len, extrapolate=self.extrapolate)
         else:
@@ -74,9 +94,11 @@ class Reader:
 
     def reorder(self, index_b: Tensor) -> None:
         """Row r goes on as row index[r] did."""
-        self.ids_bt = self.ids_bt[index_b]
-        self.mask_bt = None if self.mask_bt is None else self.mask_bt[index_b]
-        if self.cache is not None:
+        self._read = [self.ids_bt[index_b]]
+        self._mask_bp = None if self._mask_bp is None else self._mask_bp[index_b]
+        if self._step is not None:
+            self._step.reorder(index_b)
+        elif self.cache is not None:
             self.cache.reorder(index_b)
 
     def _call(self, ids_bn: Tensor, mask_bn: Tensor | None, *, return_embeddings: bool) -> Tensor:
@@ -84,23 +106,24 @@ class Reader:
             ids_bn, mask=mask_bn, cache=self.cache, return_embeddings=return_embeddings, extrapolate=self.extrapolate
         )
 
-    def _keep(self, ids_bn: Tensor, mask_bn: Tensor | None) -> None:
-        """The tokens read so far, for the uncached path and for what looks at repetition."""
-        if self.ids_bt is None:
-            self.ids_bt, self.mask_bt = ids_bn, mask_bn
-            return
-        self.ids_bt = torch.cat([self.ids_bt, ids_bn], dim=1)
-        self.mask_bt = None if self.mask_bt is None else pad(self.mask_bt, (0, ids_bn.shape[1]), value=True)
+    def _steps(self, ids_bn: Tensor) -> Tensor:
+        """As `read`, token by token."""
+        if self._step is None:
+            self._step = StaticStep(self.net, self.cache, max_len=self.max_len, extrapolate=self.extrapolate)
+        for token_b in ids_bn.unbind(dim=1):
+            logits_bv = self._step(token_b)
+        return logits_bv
 
 
 def reader_for(
     net: nn.Module, batch: int, total: int, *, cache_kv: bool, cache: Cache | None = None, kv_budget: KvBudget = None,
-    prefill_chunk: int | None = None, extrapolate: bool = False,
+    prefill_chunk: int | None = None, extrapolate: bool = False, static: bool | None = None, steps: int = 0,
 ) -> Reader:  # fmt: skip
-    """A reader of `batch` rows of at most `total` tokens.
+    """A reader of `batch` rows of at most `total` tokens, of which `steps` come after the prompt, one by one.
 
     Args:
         cache: what was read before; it is copied, for every row where it holds one row. cache_kv: keep keys and values.
+        static: as for `generate`.
     Raises:
         ConfigError: cache, kv_budget or prefill_chunk without cache_kv, or a cache of another batch.
         TokenError: more tokens than the model may be given.
@@ -119,6 +142,12 @@ def reader_for(
         cache = cache.repeat(batch // cache.batch)
     elif cache_kv:
         cache = net.cache(batch, kv_budget=kv_budget, max_len=max(total, 1))
+    static = is_static(static, net, cached=cache_kv, steps=steps)
+    max_len = max(total, 1) if cache is None else None
+    if static:
+        # an own cache was opened for all tokens; one with a prompt in it takes them beside what it holds
+        max_len = cache.rows.longest + max(total, 1)
+        max_len = max_len if cache.max_len is None else min(max_len, cache.max_len)
     return Reader(
-        net, cache=cache, extrapolate=extrapolate, prefill_chunk=prefill_chunk, max_len=None if cache_kv else max(total, 1)
+        net, cache=cache, extrapolate=extrapolate, prefill_chunk=prefill_chunk, max_len=max_len, static=static
     )

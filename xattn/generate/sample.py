@@ -13,6 +13,9 @@ from xattn.errors import ConfigError, unknown
 from xattn.generate.logits import FILTERS, Filter, contrast, discourage, forbid_ngrams
 from xattn.generate.reader import Reader, align, reader_for
 
+# steps after which a static generation looks whether all rows have ended
+CHECK_EVERY = 16
+
 
 @contextmanager
 def evaluating(*nets: nn.Module | None) -> Iterator[None]:
@@ -51,6 +54,7 @@ def generate(
     cache: Cache | None = None,
     kv_budget: KvBudget = None,
     prefill_chunk: int | None = None,
+    static: bool | None = None,
     pad_value: int = 0,
     extrapolate: bool = False,
 ) -> Tensor:
@@ -71,6 +75,8 @@ def generate(
         cache_kv: keep keys and values; False reads all tokens anew each step. Both give the same tokens.
         cache: the state after what stands before every prompt (one row, or one each), from `model.cache`; left as it is.
         kv_budget: keys that selective layers keep, as for `model.cache`. prefill_chunk: prompt tokens read at a time.
+        static: decode in steps of one shape, on a GPU as a CUDA graph (`StaticStep`); default: on a GPU, with a cache, where
+            at least 16 steps come after the prompt and no module has forward hooks. The tokens are the same.
         extrapolate: allow more than max_seq_len tokens in all.
     Returns:
         only the new tokens, (b, at most seq_len), or (at most seq_len,) for a single prompt.
@@ -85,13 +91,17 @@ def generate(
     # the last token is drawn, never read
     total = ids.shape[1] + max(seq_len - 1, 0)
     how = {"cache_kv": cache_kv, "prefill_chunk": prefill_chunk, "extrapolate": extrapolate}
+    how |= {"static": static, "steps": seq_len - 1}
     reader = reader_for(net, len(ids), total, cache=cache, kv_budget=kv_budget, **how)
     if amateur is not None and cache is not None:
         raise ConfigError("cache holds what net has read, and amateur has read nothing; put it into the prompts")
     weaker = None if amateur is None else reader_for(amateur, len(ids), total, **how)
     if seed is not None:
         generator = torch.Generator(ids.device).manual_seed(seed)
-    new, done = [], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    # what nobody sees may go on for a few steps after the end: asking whether all rows are there waits for the device
+    unseen = reader.static and on_token is None and (temperature == 0 or seed is not None)
+    ending = _Ending(len(ids), ids.device, eos_token, stop, every=CHECK_EVERY if unseen else 1)
+    new: list[Tensor] = []
     step, step_mask = ids, mask
     with evaluating(net, amateur):
         while len(new) < seq_len:
@@ -104,14 +114,13 @@ def generate(
             else:
                 kept = logits_bv if filter_logits_fn is None else filter_logits_fn(logits_bv, **(filter_kwargs or {}))
                 token_b = torch.multinomial((kept / temperature).softmax(dim=-1), 1, generator=generator)[:, 0]
-            token_b = token_b.masked_fill(done, pad_value)
+            token_b = token_b.masked_fill(ending.done_b, pad_value)
             new.append(token_b)
             step, step_mask = token_b[:, None], None
-            if on_token is not None and on_token(token_b):
+            ended = ending.reached(new)
+            if (on_token is not None and on_token(token_b)) or ended:
                 break
-            if _finish(done, new, eos_token, stop):
-                break
-    made = torch.stack(new, dim=1) if new else ids[:, :0]
+    made = torch.stack(new[: ending.length(len(new))], dim=1) if new else ids[:, :0]
     return made[0] if single else made
 
 
@@ -146,12 +155,34 @@ def _without_repetition(logits_bv: Tensor, reader: Reader, penalty: float, ngram
     return logits_bv if ngram is None else forbid_ngrams(logits_bv, reader.ids_bt, reader.mask_bt, size=ngram)
 
 
-def _finish(done: Tensor, new: list[Tensor], eos_token: int | None, stop: Sequence[Sequence[int]]) -> bool:
-    """Marks rows that have ended; whether all have."""
-    if eos_token is not None:
-        done |= new[-1] == eos_token
-    for sequence in stop:
-        if len(new) >= len(sequence):
-            tail = torch.stack(new[-len(sequence) :], dim=1)
-            done |= (tail == torch.tensor(list(sequence), device=tail.device)).all(dim=1)
-    return (eos_token is not None or len(stop) > 0) and bool(done.all())
+class _Ending:
+    """Which rows have ended, and when all had.
+
+    every: steps between two looks at whether all have, each of which waits for the device.
+    """
+
+    def __init__(
+        self, batch: int, device: torch.device, eos_token: int | None, stop: Sequence[Sequence[int]], *, every: int
+    ) -> None:
+        self.done_b = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.eos_token, self.every = eos_token, every
+        self.stop = [torch.tensor(list(sequence), device=device) for sequence in stop]
+        # steps before which some row had not ended
+        self._steps = torch.zeros((), dtype=torch.long, device=device)
+
+    def reached(self, new: list[Tensor]) -> bool:
+        """Marks rows that the newest token ends; whether all have ended, as far as it looks."""
+        if self.eos_token is None and not self.stop:
+            return False
+        self._steps += ~self.done_b.all()
+        if self.eos_token is not None:
+            self.done_b |= new[-1] == self.eos_token
+        for sequence in self.stop:
+            if len(new) >= len(sequence):
+                tail = torch.stack(new[-len(sequence) :], dim=1)
+                self.done_b |= (tail == sequence).all(dim=1)
+        return len(new) % self.every == 0 and bool(self.done_b.all())
+
+    def length(self, made: int) -> int:
+        """Of so many steps those that count: up to the one that ended the last row."""
+        return made if self.eos_token is None and not self.stop else min(made, int(self._steps))

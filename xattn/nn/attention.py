@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from xattn.cache.layer import LayerCache
+from xattn.cache.static import StaticLayer
 from xattn.nn.norm import norm
 from xattn.ops.attention import attend
 from xattn.ops.backends import choose
@@ -40,7 +41,7 @@ class Attention(nn.Module):
         self.sink_logits = nn.Parameter(torch.zeros(spec.heads)) if spec.sink_logits else None
 
     def forward(
-        self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None, *, max_len: int | None = None
+        self, x_bnm: Tensor, layout: Layout, cache: LayerCache | StaticLayer | None = None, *, max_len: int | None = None
     ) -> Tensor:
         """(b n m) -> (b n m); layout says where each slot stands, cache holds the tokens before them.
 
@@ -83,7 +84,7 @@ class Attention(nn.Module):
     def _extras(self) -> dict[str, Any]:
         return {"sink_logits_h": self.sink_logits, "training": self.training, "backend": self.attn_backend}
 
-    def _go_on(self, q_bhid: Tensor, k_bgid: Tensor, v_bgid: Tensor, layout: Layout, cache: LayerCache) -> Tensor:
+    def _go_on(self, q_bhid: Tensor, k_bgid: Tensor, v_bgid: Tensor, layout: Layout, cache: LayerCache | StaticLayer) -> Tensor:
         """Attends to what the cache holds and to the call's own keys, and leaves those in the cache."""
         spec = cache.spec
         if cache.turned_spec is not None:

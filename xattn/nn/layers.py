@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xattn.cache.cache import Cache
 from xattn.cache.layer import LayerCache
+from xattn.cache.static import StaticCache, StaticLayer
 from xattn.errors import ConfigError, TokenError
 from xattn.nn.attention import Attention
 from xattn.nn.feedforward import FeedForward
@@ -48,7 +49,7 @@ class Block(nn.Module):
         self.ff = Residual(FeedForward(spec.feedforward, dim=layers.dim), layers)
 
     def forward(
-        self, x_bnm: Tensor, layout: Layout, cache: LayerCache | None = None, *, count_live: bool = False,
+        self, x_bnm: Tensor, layout: Layout, cache: LayerCache | StaticLayer | None = None, *, count_live: bool = False,
         max_len: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """(b n m) -> (b n m), and with count_live the keys that selective attention still needs (b,)."""
@@ -102,7 +103,7 @@ class AttentionLayers(nn.Module):
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
         layout: Layout | None = None,
-        cache: Cache | None = None,
+        cache: Cache | StaticCache | None = None,
         max_len: int | None = None,
         return_live: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -143,7 +144,7 @@ class AttentionLayers(nn.Module):
         return x_bnm, torch.stack(live).mean(dim=0) / (layout.pos_bn >= 0).sum(dim=1).clamp(min=1)
 
     @staticmethod
-    def check_max_len(max_len: int | None, n: int, cache: Cache | None) -> None:
+    def check_max_len(max_len: int | None, n: int, cache: Cache | StaticCache | None) -> None:
         """Raises where max_len says less than n tokens (TokenError), or where a cache has its own (ConfigError)."""
         if max_len is None:
             return

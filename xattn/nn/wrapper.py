@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from xattn.cache.cache import Cache
 from xattn.cache.kind import KvBudget
+from xattn.cache.static import StaticCache
 from xattn.errors import ConfigError, TokenError
 from xattn.generate import beam_search, generate
 from xattn.nn.layers import AttentionLayers, layout_of
@@ -79,7 +80,7 @@ class TransformerWrapper(nn.Module):
         *,
         mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | StaticCache | None = None,
         max_len: int | None = None,
         return_embeddings: bool = False,
         return_live: bool = False,
@@ -102,7 +103,7 @@ class TransformerWrapper(nn.Module):
         if ids_bn.ndim != 2:
             raise TokenError(f"ids have shape {tuple(ids_bn.shape)}; they must be (batch, sequence)")
         b, n = ids_bn.shape
-        self.check_length(max(n, max_len or 0) if cache is None else cache.rows.reach + n, extrapolate=extrapolate)
+        self.check_length(max(n, max_len or 0) if cache is None else cache.reach + n, extrapolate=extrapolate)
         self._check_ids(ids_bn)
         self.attn_layers.check_max_len(max_len, n, cache)
         if cache is None:

@@ -55,7 +55,8 @@ def lacks(device_type: str) -> str | None:
     return None if device_type == "cuda" else "needs a CUDA GPU"
 
 
-def _decodes(device_type: str) -> bool:
+def decodes(device_type: str) -> bool:
+    """Whether few queries go to the decode kernel on such a device."""
     return device_type == "cpu" or DECODES_ON_GPU
 
 
@@ -68,7 +69,7 @@ def limits(call: "Call") -> list[str]:
     if d > MAX_WIDTH:
         reasons.append(f"takes dim_head up to {MAX_WIDTH}, not {d}")
     if call.carries:
-        if not _decodes(call.device.type):
+        if not decodes(call.device.type):
             reasons.append("takes carried votes on a GPU only once its decode kernel has been checked on one (DECODES_ON_GPU)")
         if call.learns:
             reasons.append("takes carried votes forward only; call it under torch.no_grad()")
@@ -98,7 +99,7 @@ def run(
     at = {"spec": spec, "layout_i": layout_i, "layout_j": layout_j, "sink_logits_h": sink_logits_h}
     if carry_bj is not None:
         return _carried(*given, **at, carry_bj=carry_bj, carry_rows=carry_rows)
-    few = layout_i.n <= DECODE_QUERIES and spec.selection is None and _decodes(q_bhid.device.type)
+    few = layout_i.n <= DECODE_QUERIES and spec.selection is None and decodes(q_bhid.device.type)
     if few and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*given, sink_logits_h))):
         return _decoded(*given, **at)[0]
     return with_lse(*given, **at)[0]

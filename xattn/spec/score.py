@@ -46,9 +46,9 @@ class Alibi(Score):
     def slopes(heads: int, device: torch.device | None = None) -> Tensor:
         """The fixed slopes (heads,), float64: 2^(-8 (h + 1) / heads), interleaved when heads is no power of two."""
         lower = 2 ** (heads.bit_length() - 1)
-        steps = [8 * (h + 1) / lower for h in range(lower)]
-        steps += [8 * (h + 0.5) / lower for h in range(heads - lower)]
-        return 2.0 ** -torch.tensor(steps, dtype=torch.float64, device=device)
+        # counted on the device: a list of numbers would have to travel there, which a CUDA graph cannot hold
+        head = torch.arange(lower, dtype=torch.float64, device=device)
+        return 2.0 ** -(8 * torch.cat([head + 1, head[: heads - lower] + 0.5]) / lower)
 
     def modify(self, sim_bhij: Tensor, distance_bij: Tensor) -> Tensor:
         slopes_h11 = self.slopes(sim_bhij.shape[1], sim_bhij.device)[:, None, None].to(sim_bhij.dtype)
