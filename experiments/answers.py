@@ -17,11 +17,11 @@ from xattn.experiments.schema import EvalConfig
 def answer_scores(
     model: Any, blocks: Batch, *, batch_tokens: int, device: torch.device, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats of each answer, and whether the likeliest token is the right one: float64 and bool on the CPU, (b, n), 0 elsewhere."""
+    """Nats of each answer, and whether the likeliest token is the right one: float64 and bool on the CPU (b, n), 0 elsewhere."""
     parts = []
     with evaluating(model, device, precision):
         for group in (group.to(device) for group in batches(blocks, batch_tokens)):
-            x_bnm = model(group.ids_bn[:, :-1], doc_ids=None, return_embeddings=True, extrapolate=True)
+            x_bnm = model(group.ids_bn[:, :-1], return_embeddings=True, extrapolate=True)
             counts_bn, target_bn = group.counts_bn[:, 1:], group.ids_bn[:, 1:]
             target_a = target_bn[counts_bn]
             logits_av = linear(x_bnm[counts_bn], model.head_vm).float()

@@ -34,7 +34,7 @@ def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
         "Tokens/s: of the median step; whatever else ran on the machine has slowed it.",
     ]
     if result.get("task"):
-        lines.append("A task: loss, perplexity and judged tokens are of the answers alone, on other held-out sequences at each length.")
+        lines.append("A task: loss, perplexity and judged tokens are of the answers alone; each length has sequences of its own.")
     if any(row.values("memory", "train_peak_bytes") for row in done):
         lines.append(
             "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; "

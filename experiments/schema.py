@@ -70,11 +70,12 @@ class TaskConfig:
         """Raise ConfigError where a settled task with this many pairs has no room in sequences of `length` tokens."""
         needed = 4 * pairs if pairs is not None else self.bits or 2
         if length < needed:
-            what = f"data.task.bits={self.bits}" if self.bits is not None else f"data.task.name={self.name}"
-            cure = "use data.task.bits=1"
+            what, cure = f"data.task.name={self.name}", ""
             if pairs is not None:
-                what, cure = f"data.task.pairs={pairs}", f"use data.task.pairs={max(length // 4, 1)} or fewer"
-            raise ConfigError(f"{what} needs {needed} tokens, and a sequence has {length}; {cure}, or a longer trainer.seq_len")
+                what, cure = f"data.task.pairs={pairs}", f"data.task.pairs={max(length // 4, 1)} or fewer, or "
+            elif self.bits is not None:
+                what, cure = f"data.task.bits={self.bits}", "data.task.bits=1, or "
+            raise ConfigError(f"{what} needs {needed} tokens, and a sequence has {length}; use {cure}a longer trainer.seq_len")
 
     def check_names(self, pairs: int) -> None:
         """Raise ConfigError where the vocabulary has not as many names."""
@@ -127,7 +128,9 @@ class DataConfig:
                 )
         self.task.check()
         if self.source != "task" and self.task != TaskConfig():
-            raise ConfigError(f"data.task.name={self.task.name} has no effect: data.source is {self.source}; use data={self.task.name}")
+            raise ConfigError(
+                f"data.task.name={self.task.name} has no effect: data.source is {self.source}; use data={self.task.name}"
+            )
         if self.val_fraction != 0.1 and self.val_path is not None:
             raise ConfigError(f"data.val_fraction={self.val_fraction} has no effect: data.val_path is given; drop one of them")
         if self.vocab_size != 8192 and self.tokenizer != "bpe":
@@ -415,7 +418,7 @@ class RunConfig:
     def _check_task(self) -> None:
         factors, task = self.eval.pair_factors, self.data.task.settled(self.trainer.seq_len)
         if factors and (self.data.source != "task" or task.pairs is None):
-            raise ConfigError(f"eval.pair_factors={list(factors)} has no effect: the data has no pairs; use data=mqar, or drop it")
+            raise ConfigError(f"eval.pair_factors={list(factors)} has no effect: the data has no pairs; use data=mqar")
         if self.data.source != "task":
             return
         task.check_room(self.trainer.seq_len, task.pairs)

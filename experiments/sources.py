@@ -1,4 +1,4 @@
-"""Where texts come from: the embedded corpus, your own files, nanoGPT token files, a Hugging Face data set, or none: passkeys and tasks."""
+"""Where tokens come from: the embedded corpus, your own files, token files, a Hugging Face data set, or made up: passkeys, tasks."""
 
 import glob
 import gzip

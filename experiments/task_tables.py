@@ -66,7 +66,9 @@ def distance_accuracies(row: Row, extension: str, length: int, span: tuple[int, 
     found = {}
     for run in row.done:
         by = run.result["task"].get(extension, {}).get(str(length), {})
-        found |= {run.config.seed: b["accuracy"] for b in _spans(by) if (b["first"], b["last"]) == span}
+        for bucket in _spans(by):
+            if (bucket["first"], bucket["last"]) == span:
+                found[run.config.seed] = bucket["accuracy"]
     return found
 
 

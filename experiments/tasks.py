@@ -1,4 +1,4 @@
-"""Tasks that tell variants apart where perplexity hardly does, made up as they are needed: what is learned and judged are answers.
+"""Tasks that tell variants apart where perplexity hardly does, made up as they are needed: only answers are learned and judged.
 
 `mqar`: pairs of a key and its value, then every key once more, among filler; its value is the answer. `variable_assignment`:
 variables are assigned values again and again, then each is asked for once; its last value is the answer, the earlier ones are
