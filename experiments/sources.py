@@ -1,4 +1,4 @@
-"""Where tokens come from: the embedded corpus, your own files, token files, a Hugging Face data set, or made up: passkeys, tasks."""
+"""Where tokens come from: the embedded corpus, your own files, token files, Hugging Face, or made up: passkeys, tasks."""
 
 import glob
 import gzip
