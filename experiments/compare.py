@@ -27,6 +27,7 @@ from xattn.experiments.record import say
 from xattn.experiments.report import notes, print_report, write_report
 from xattn.experiments.schema import CompareConfig, RunConfig
 from xattn.experiments.tables import tables
+from xattn.experiments.task_tables import task_tables
 
 DEFAULT_SWEEP, GPU_SWEEP = "quick", "quick_gpu"
 STUDY = "study.json"
@@ -177,7 +178,7 @@ def report(config: CompareConfig, runs_dir: Path) -> int:
     rows = gather(runs, baseline=baseline, param_tolerance=tolerance, order=study["order"])
     curves = curves_of(rows, runs_dir)
     title = f"Comparison: {study['study']}"
-    shown = [*tables(rows), *curve_tables(rows, curves)]
+    shown = [*tables(rows), *task_tables(rows), *curve_tables(rows, curves)]
     remarks = [*notes(rows, param_tolerance=tolerance), *curve_notes(rows, curves)]
     pictures = draw(rows, runs_dir, curves=curves) if config.plots else []
     described = {"title": title, "description": study["description"], "notes": remarks, "pictures": pictures}

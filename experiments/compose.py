@@ -239,7 +239,9 @@ def resolve(cfg: Any) -> Any:
 
 
 def complete_model(config: RunConfig) -> None:
-    """Fill num_tokens from the tokeniser and max_seq_len from the training length; refuse values that do not fit."""
+    """Fill num_tokens from the tokeniser, max_seq_len and a task's sizes from the training length; refuse what does not fit."""
+    if config.data.source == "task":
+        config.data.task = config.data.task.settled(config.trainer.seq_len)
     vocabulary = vocabulary_of(config.data)
     if vocabulary is None and "num_tokens" not in config.model:
         raise ConfigError(

@@ -12,6 +12,7 @@ import torch
 
 from xattn import ConfigError
 from xattn.experiments.schema import TrainerConfig
+from xattn.experiments.tasks import Examples, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Part:
 class Corpus:
     """A text's two parts. `token_bytes[v]`: bytes of text that token v stands for; `encode`, `decode`: text to ids and back.
 
-    Each is None where the tokeniser cannot say.
+    Each is None where the tokeniser cannot say. `task`: makes the sequences, where they are no text; the parts are empty then.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Corpus:
     token_bytes: np.ndarray | None
     decode: Callable[[np.ndarray], str] | None = None
     encode: Callable[[bytes], np.ndarray] | None = None
+    task: Task | None = None
 
     def bytes_of(self, ids: np.ndarray) -> int | None:
         """Bytes of text behind these ids."""
@@ -59,23 +61,41 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Sequences of n inputs and their n targets: ids (b, n + 1) int64, doc_ids alike, or None for one document."""
+    """Sequences of n inputs and their n targets: ids (b, n + 1) int64, doc_ids alike, or None for one document.
+
+    `asked`, alike: of a task, 0 where a token is no answer, else how far back the token stands that decides it.
+    """
 
     ids_bn: torch.Tensor
     doc_ids_bn: torch.Tensor | None = None
+    asked_bn: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids_bn)
 
+    @property
+    def counts_bn(self) -> torch.Tensor | None:
+        """bool (b, n + 1): which tokens the loss counts; None for all."""
+        return None if self.asked_bn is None else self.asked_bn > 0
+
+    def rows(self, low: int, high: int) -> "Batch":
+        """The sequences from `low` on, up to and without `high`."""
+        return self._each(lambda tensor: tensor[low:high])
+
     def split(self, rows: int) -> Iterator["Batch"]:
         """Groups of `rows` sequences in order; the last may be smaller."""
         for low in range(0, len(self), rows):
-            doc_ids = None if self.doc_ids_bn is None else self.doc_ids_bn[low : low + rows]
-            yield Batch(ids_bn=self.ids_bn[low : low + rows], doc_ids_bn=doc_ids)
+            yield self.rows(low, low + rows)
 
     def to(self, device: torch.device) -> "Batch":
-        doc_ids = None if self.doc_ids_bn is None else self.doc_ids_bn.to(device, non_blocking=True)
-        return Batch(ids_bn=self.ids_bn.to(device, non_blocking=True), doc_ids_bn=doc_ids)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.ids_bn, self.doc_ids_bn, self.asked_bn
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        ids, docs, asked = (None if tensor is None else change(tensor) for tensor in self.tensors())
+        return Batch(ids_bn=ids, doc_ids_bn=docs, asked_bn=asked)
 
 
 def check_corpus(corpus: Corpus, *, num_tokens: int, trainer: TrainerConfig, longest: int) -> None:
@@ -87,6 +107,8 @@ def check_corpus(corpus: Corpus, *, num_tokens: int, trainer: TrainerConfig, lon
     Raises:
         ConfigError: empty or too short parts, or ids outside the vocabulary.
     """
+    if corpus.task is not None:
+        return  # its sizes are settled with the config
     for label, part, needed in (
         ("training", corpus.train, trainer.seq_len + 1),
         ("validation", corpus.val, longest + 1),
@@ -112,6 +134,8 @@ def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_le
     A counter-based generator keyed by (seed, step) draws the offsets, so any step can be had without the ones before
     it: resuming needs no loader state, and accumulation or the number of processes changes nothing.
     """
+    if corpus.task is not None:
+        return _made(corpus.task.train(seed=seed, step=step, rows=batch_size, length=seq_len))
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     stride = corpus.train.stride
     places = generator.integers(0, (len(corpus.train) - seq_len - 1) // stride + 1, size=batch_size)
@@ -122,10 +146,23 @@ def eval_blocks(corpus: Corpus, *, tokens: int, length: int, longest: int) -> Ba
     """Validation sequences that predict the same tokens at every length.
 
     Block i predicts tokens i*length+1 ... (i+1)*length; the set is cut to a multiple of `longest`, so that no length
-    leaves a tail out.
+    leaves a tail out. Of a task: as many tokens of held-out sequences, others at every length.
     """
+    if corpus.task is not None:
+        return task_blocks(corpus, tokens=tokens, length=length)
     predicted = max(min(tokens, len(corpus.val) - 1) // longest, 1) * longest
     return _cut(corpus.val, range(0, predicted, length), length)
+
+
+def task_blocks(corpus: Corpus, *, tokens: int, length: int, pairs: int | None = None) -> Batch:
+    """Held-out sequences of a task, about `tokens` tokens of them; `pairs`: in place of the trained number."""
+    assert corpus.task is not None
+    return _made(corpus.task.held_out(rows=max(tokens // length, 1), length=length, pairs=pairs))
+
+
+def _made(examples: Examples) -> Batch:
+    ids_bn, asked_bn = map(torch.from_numpy, examples)
+    return Batch(ids_bn=ids_bn, asked_bn=asked_bn)
 
 
 def _cut(part: Part, starts: Iterator[int] | np.ndarray | range, seq_len: int) -> Batch:
@@ -150,7 +187,7 @@ class Seen:
 
     def update(self, batch: Batch) -> None:
         chain = hashlib.blake2b(self.digest.encode(), digest_size=16)
-        for tensor in (batch.ids_bn, batch.doc_ids_bn):
+        for tensor in batch.tensors():
             if tensor is not None:
                 chain.update(tensor.numpy().tobytes())
         self.digest = chain.hexdigest()

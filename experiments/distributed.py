@@ -44,9 +44,7 @@ class Ranks:
     def share(self, batch: Batch) -> Batch:
         """This rank's rows of a step's batch."""
         rows = len(batch) // self.world
-        low = self.rank * rows
-        doc_ids = None if batch.doc_ids_bn is None else batch.doc_ids_bn[low : low + rows]
-        return Batch(ids_bn=batch.ids_bn[low : low + rows], doc_ids_bn=doc_ids)
+        return batch.rows(self.rank * rows, (self.rank + 1) * rows)
 
     def mean(self, value: float) -> float:
         """The mean over ranks."""

@@ -124,7 +124,7 @@ def _show(judged: dict[str, Any], *, name: str, backend: str, flags: dict[str, A
                 say(f"  {length:>6} tokens{label}: not possible: {entry['error']}")
                 continue
             bits = f"{entry['bpb']:.4f} bits per byte, " if entry["bpb"] is not None else ""
-            say(f"  {length:>6} tokens{label}: {bits}perplexity {entry['ppl']:.3f}")
+            say(f"  {length:>6} tokens{label}: {bits}perplexity {entry['ppl']:.3f}{_answers(entry)}")
             asked = (judged["passkey"] or {}).get(extension, {}).get(length, {})
             if "error" in asked:
                 say(f"  {length:>6} tokens{label}: no pass key: {asked['error']}")
@@ -137,6 +137,12 @@ def _show(judged: dict[str, Any], *, name: str, backend: str, flags: dict[str, A
         else:
             say(f"  kv_budget {budget}: perplexity {entry['ppl']:.3f}, {entry['kv_bytes_per_token']:,.0f} KV bytes a token")
     _show_decode(judged["decode"])
+
+
+def _answers(entry: dict[str, Any]) -> str:
+    if "accuracy" not in entry:
+        return ""
+    return f", {entry['accuracy']:.1%} of answers right, {entry['exact']:.1%} of sequences wholly"
 
 
 def _show_decode(decode: dict[str, Any] | None) -> None:

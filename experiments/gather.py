@@ -15,7 +15,7 @@ from xattn.experiments.schema import RunConfig
 
 # Differences of config that change no number: where a run is logged, how often, how it is split into forwards.
 _HARMLESS = ("name", "seed", "isolate", "model.", "tracking.", "eval.batch_tokens", "eval.every", "eval.extensions",
-             "eval.passkey", "eval.kv_budget", "eval.decode", "trainer.log_every", "trainer.save_every",
+             "eval.passkey", "eval.pair_factors", "eval.kv_budget", "eval.decode", "trainer.log_every", "trainer.save_every",
              "trainer.keep_checkpoints", "trainer.threads", "trainer.memory")  # fmt: skip
 # What must be equal in two results, beside their configs.
 _SAME = {

@@ -11,6 +11,7 @@ import torch
 
 import xattn
 from xattn import ConfigError
+from xattn.experiments.answers import answer_scores, judge_task, score_answers
 from xattn.experiments.data import Batch, Corpus, batches, eval_blocks
 from xattn.experiments.device import evaluating
 from xattn.experiments.passkey import retrieve
@@ -33,23 +34,29 @@ def judge_all(
 
     Returns: `val` (trained length, no extension), `val_by_length` {extension: {length: score}}, `val_by_position`
     {extension: {length: [score of each bucket]}} and `passkey` {extension: {length: {depth: found}}}, which is None where
-    eval.passkey.trials is 0. Where the model cannot do what was asked, {"error": why} stands in.
+    eval.passkey.trials is 0; and `task` {extension: {length: {by_distance, by_pairs}}}, which is None where the data is no task.
+    Where the model cannot do what was asked, {"error": why} stands in.
     """
     by_length: dict[str, dict[str, Any]] = {}
     by_position: dict[str, dict[str, Any]] = {}
     passkey: dict[str, dict[str, Any]] = {}
+    task: dict[str, dict[str, Any]] = {}
     longest = max(eval_config.length_factors) * seq_len
     where = {"batch_tokens": eval_config.batch_tokens, "device": device, "precision": precision}
     for name, flags in {AS_TRAINED: {}, **eval_config.extensions}.items():
-        by_length[name], by_position[name], passkey[name] = {}, {}, {}
+        by_length[name], by_position[name], passkey[name], task[name] = {}, {}, {}, {}
         for length in sorted({factor * seq_len for factor in eval_config.length_factors}):
             before_each()
             blocks = eval_blocks(corpus, tokens=eval_config.tokens, length=length, longest=longest)
             try:
                 judged = with_flags(model, eval_config.flags | flags)
+                if corpus.task is not None:
+                    scores = judge_task(judged, corpus, eval_config, length=length, **where)
+                    by_length[name][str(length)], by_position[name][str(length)], task[name][str(length)] = scores
+                    continue
                 nll_bn = token_nll(judged, blocks, **where)
             except (ConfigError, xattn.TokenError) as error:
-                by_length[name][str(length)] = passkey[name][str(length)] = {"error": str(error)}
+                by_length[name][str(length)] = passkey[name][str(length)] = task[name][str(length)] = {"error": str(error)}
                 continue
             by_length[name][str(length)] = score(nll_bn, blocks.ids_bn[:, 1:], corpus)
             by_position[name][str(length)] = score_positions(nll_bn, buckets=eval_config.position_buckets)
@@ -61,6 +68,7 @@ def judge_all(
         "val_by_length": by_length,
         "val_by_position": by_position,
         "passkey": passkey if eval_config.passkey.trials else None,
+        "task": task if corpus.task is not None else None,
     }
 
 
@@ -75,7 +83,10 @@ def judge(
     model: Any, blocks: Batch, corpus: Corpus, eval_config: EvalConfig, *, device: torch.device, precision: str
 ) -> dict[str, Any]:
     """The score of a model, as it is, on these blocks."""
-    nll_bn = token_nll(model, blocks, batch_tokens=eval_config.batch_tokens, device=device, precision=precision)
+    where = {"batch_tokens": eval_config.batch_tokens, "device": device, "precision": precision}
+    if corpus.task is not None:
+        return score_answers(*answer_scores(model, blocks, **where), blocks)
+    nll_bn = token_nll(model, blocks, **where)
     return score(nll_bn, blocks.ids_bn[:, 1:], corpus)
 
 

@@ -189,7 +189,7 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         with autocast(self.device, self.precision):
-            return self.loss(batch.ids_bn, doc_ids=batch.doc_ids_bn)
+            return self.loss(batch.ids_bn, doc_ids=batch.doc_ids_bn, target_mask=batch.counts_bn)
 
     def _report(self, loss: float, grad_norm: float, lr: float) -> None:
         trainer, step = self.config.trainer, self.progress.step
@@ -248,6 +248,8 @@ class Trainer:
         text = f"loss {loss:.3f}"
         if row.get("val/bpb") is not None:
             text += f"  val bpb {row['val/bpb']:.3f}"
+        if "val/accuracy" in row:
+            text += f"  accuracy {row['val/accuracy']:.3f}"
         text += f"  {self.pace.tokens_per_second():,.0f} tokens/s  {left:.0f} s left"
         self.display.step(self.progress.step, steps, text, important=last or "val/loss_nats" in row)
 

@@ -129,8 +129,9 @@ def own_memory(device: torch.device) -> dict[str, Any]:
 
 
 def val_row(scored: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """A score as columns of metrics.jsonl; None for what it has no number for."""
-    return {f"{prefix}{name}": scored.get(name) for name in ("loss_nats", "ppl", "bpb")}
+    """A score as columns of metrics.jsonl; None for what it has no number for. Of a task, its accuracies too."""
+    answers = tuple(name for name in ("accuracy", "exact") if name in scored)
+    return {f"{prefix}{name}": scored.get(name) for name in ("loss_nats", "ppl", "bpb", *answers)}
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from xattn.experiments.figure import Looks, panels, variant_legend
 from xattn.experiments.gather import Row, estimate, measure
 from xattn.experiments.plot_length import paint_length, paint_position
 from xattn.experiments.plot_loss import paint_loss
+from xattn.experiments.plot_task import paint_task
 from xattn.experiments.record import say
 from xattn.experiments.tables import MIB, pruned
 
@@ -30,6 +31,7 @@ def draw(rows: Sequence[Row], folder: Path, *, curves: dict[str, dict[str, Curve
     if done:
         trained: list[tuple[str, str, Callable[[Any, Sequence[Row], Looks], bool]]] = [
             ("loss.png", "Training loss against tokens seen", paint_loss),
+            ("task.png", "Answers right of all that were asked for", paint_task),
             ("length.png", "Quality against evaluation length", paint_length),
             ("position.png", "Loss by position in the longest evaluated context", paint_position),
             ("memory.png", "Quality against memory: lower left is better", paint_memory),

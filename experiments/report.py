@@ -33,6 +33,8 @@ def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
         "KV bytes a token: predicted; a 16-bit cache of one sequence of the trained length, over that length.",
         "Tokens/s: of the median step; whatever else ran on the machine has slowed it.",
     ]
+    if result.get("task"):
+        lines.append("A task: loss, perplexity and judged tokens are of the answers alone; each length has sequences of its own.")
     if any(row.values("memory", "train_peak_bytes") for row in done):
         lines.append(
             "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; "
@@ -135,6 +137,7 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "val_loss_nats": lambda r: r["val"]["loss_nats"],
     "val_ppl": lambda r: r["val"]["ppl"],
     "val_bpb": lambda r: r["val"]["bpb"],
+    "val_accuracy": lambda r: r["val"]["accuracy"],
     "params": lambda r: r["params"],
     "tokens": lambda r: r["tokens"],
     "train_peak_bytes": lambda r: r["memory"]["train_peak_bytes"],

@@ -18,8 +18,10 @@ _PROMPT_TOKENS, _NEW_TOKENS = 32, 128
 def write_samples(model: Any, corpus: Corpus, config: RunConfig, *, device: torch.device, precision: str) -> list[dict[str, str]]:
     """`trainer.samples` continuations [{prompt, text}], the same prompts and draws every time.
 
-    A tokeniser that cannot be read back gives the token ids instead of text.
+    A tokeniser that cannot be read back gives the token ids instead of text. A task has no texts to go on with.
     """
+    if corpus.task is not None:
+        return []
     trainer = config.trainer
     prompt_tokens = max(min(_PROMPT_TOKENS, trainer.seq_len // 4), 1)
     wanted = trainer.sample_tokens if trainer.sample_tokens is not None else _NEW_TOKENS

@@ -5,12 +5,12 @@ The `model` group is the library's own flat flag dict, so its names and defaults
 """
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xattn import ConfigError
 
-SOURCES = ("shakespeare", "text", "bin", "hf", "passkey")
+SOURCES = ("shakespeare", "text", "bin", "hf", "passkey", "task")
 TOKENIZERS = ("bytes", "bpe", "gpt2")
 OPTIMISERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
@@ -31,7 +31,59 @@ _READ_BY = {
     "text_field": ("hf", "text"),
     "hf_config": ("hf",),
     "passage_tokens": ("passkey",),
+    "max_train_tokens": ("shakespeare", "text", "bin", "hf", "passkey"),
 }
+# Sizes of TaskConfig and the tasks that have them.
+TASKS = ("mqar", "variable_assignment", "copy", "parity")
+_SIZES = {"pairs": TASKS[:2], "vocabulary": TASKS[:3], "bits": ("parity",)}
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """A task with answers, of data.source=task; see experiments/tasks.py."""
+
+    name: str = "mqar"
+    pairs: int | None = None  # keys with a value, variables; None: one in 8 tokens of trainer.seq_len, in 16 where assigned
+    vocabulary: int | None = None  # ids: half of them keys or variables, half values; copy: any. None: 256, copy 64
+    bits: int | None = None  # between two parities; None: 1
+
+    def check(self) -> None:
+        _choice("data.task.name", self.name, TASKS)
+        for size, tasks in _SIZES.items():
+            value = getattr(self, size)
+            if value is not None and self.name not in tasks:
+                raise ConfigError(
+                    f"data.task.{size}={value} has no effect: data.task.name is {self.name}; drop it, or use "
+                    f"data.task.name={' or '.join(tasks)}"
+                )
+            if value is not None:
+                _positive(f"data.task.{size}", value)
+
+    def settled(self, seq_len: int = 64) -> "TaskConfig":
+        """The same task with every size that it has, for this trained length."""
+        sizes = {"pairs": max(seq_len // (8 if self.name == "mqar" else 16), 1), "bits": 1}
+        sizes["vocabulary"] = 64 if self.name == "copy" else 256
+        own = {size: sizes[size] for size, tasks in _SIZES.items() if self.name in tasks and getattr(self, size) is None}
+        return replace(self, **own)
+
+    def check_room(self, length: int, pairs: int | None) -> None:
+        """Raise ConfigError where a settled task with this many pairs has no room in sequences of `length` tokens."""
+        needed = 4 * pairs if pairs is not None else self.bits or 2
+        if length < needed:
+            what, cure = f"data.task.name={self.name}", ""
+            if pairs is not None:
+                what, cure = f"data.task.pairs={pairs}", f"data.task.pairs={max(length // 4, 1)} or fewer, or "
+            elif self.bits is not None:
+                what, cure = f"data.task.bits={self.bits}", "data.task.bits=1, or "
+            raise ConfigError(f"{what} needs {needed} tokens, and a sequence has {length}; use {cure}a longer trainer.seq_len")
+
+    def check_names(self, pairs: int) -> None:
+        """Raise ConfigError where the vocabulary has not as many names."""
+        if self.vocabulary < 2 * pairs:
+            raise ConfigError(
+                f"data.task.vocabulary={self.vocabulary} has {self.vocabulary // 2} names for {pairs} pairs; "
+                f"use data.task.vocabulary={2 * pairs} or more"
+            )
 
 
 @dataclass(kw_only=True)
@@ -50,6 +102,7 @@ class DataConfig:
     hf_config: str | None = None
     max_train_tokens: int | None = None  # passkey: how many are made; None: 2,000,000
     passage_tokens: int = 256  # passkey only: tokens of one passage, within which keys are asked for
+    task: TaskConfig = field(default_factory=TaskConfig)  # task only
 
     def check(self) -> None:
         _choice("data.source", self.source, SOURCES)
@@ -62,7 +115,7 @@ class DataConfig:
         if self.max_train_tokens is not None:
             _positive("data.max_train_tokens", self.max_train_tokens)
         _positive("data.passage_tokens", self.passage_tokens)
-        without_path = self.source in ("shakespeare", "passkey")
+        without_path = self.source in ("shakespeare", "passkey", "task")
         if not without_path and self.path is None:
             raise ConfigError(f"data.source={self.source} reads data.path, which is not given; use data.path=...")
         if without_path and self.path is not None:
@@ -73,6 +126,11 @@ class DataConfig:
                 raise ConfigError(
                     f"data.{name}={value} has no effect: data.source is {self.source}; drop it, or use data.source={sources[-1]}"
                 )
+        self.task.check()
+        if self.source != "task" and self.task != TaskConfig():
+            raise ConfigError(
+                f"data.task.name={self.task.name} has no effect: data.source is {self.source}; use data={self.task.name}"
+            )
         if self.val_fraction != 0.1 and self.val_path is not None:
             raise ConfigError(f"data.val_fraction={self.val_fraction} has no effect: data.val_path is given; drop one of them")
         if self.vocab_size != 8192 and self.tokenizer != "bpe":
@@ -289,6 +347,7 @@ class EvalConfig:
     flags: dict[str, Any] = field(default_factory=dict)  # evaluation-time flags of every evaluation
     extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> evaluation-time flags
     position_buckets: int = 8
+    pair_factors: list[int] = field(default_factory=list)  # times data.task.pairs, judged at every length with room for them
     passkey: PasskeyConfig = field(default_factory=PasskeyConfig)
     # keys that selective layers keep: a count, a fraction of trainer.seq_len, or a list of these and null a layer
     kv_budgets: list[Any] = field(default_factory=list)
@@ -305,6 +364,8 @@ class EvalConfig:
                 f"eval.length_factors={list(self.length_factors)} must hold 1 (the trained length) and nothing "
                 "below it; use [1,2,4]"
             )
+        if any(factor < 1 for factor in self.pair_factors):
+            raise ConfigError(f"eval.pair_factors={list(self.pair_factors)} must be 1 or more each; use [2,4]")
         if "none" in self.extensions:
             raise ConfigError("eval.extensions: the name none is taken by the model as trained; use another name")
         self.passkey.check()
@@ -342,6 +403,7 @@ class RunConfig:
                 f"eval.passkey.trials={self.eval.passkey.trials} writes a sentence into text, and data.source=bin has no "
                 "tokeniser to write with; use data.source=text, or eval.passkey.trials=0"
             )
+        self._check_task()
         if self.eval.decode.tokens and not self.isolate:
             raise ConfigError(
                 f"eval.decode.tokens={self.eval.decode.tokens} starts a process of its own, and isolate=false asks for none; "
@@ -352,6 +414,19 @@ class RunConfig:
                 f"trainer.strategy={self.trainer.strategy} starts processes of its own, and isolate=false asks for none; "
                 "use isolate=true or trainer.strategy=none"
             )
+
+    def _check_task(self) -> None:
+        factors, task = self.eval.pair_factors, self.data.task.settled(self.trainer.seq_len)
+        if factors and (self.data.source != "task" or task.pairs is None):
+            raise ConfigError(f"eval.pair_factors={list(factors)} has no effect: the data has no pairs; use data=mqar")
+        if self.data.source != "task":
+            return
+        task.check_room(self.trainer.seq_len, task.pairs)
+        if task.pairs is not None:
+            task.check_names(task.pairs * max(factors, default=1))
+        for name, asked in (("passkey.trials", self.eval.passkey.trials), ("kv_budgets", self.eval.kv_budgets)):
+            if asked:
+                raise ConfigError(f"eval.{name}={asked} is for texts, and data.source=task is judged by its answers; drop it")
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""Where texts come from: the embedded corpus, your own files, nanoGPT token files, a Hugging Face data set, or none: passkeys."""
+"""Where tokens come from: the embedded corpus, your own files, token files, Hugging Face, or made up: passkeys, tasks."""
 
 import glob
 import gzip
@@ -17,6 +17,7 @@ from xattn.experiments.data import Corpus, Part
 from xattn.experiments.passkey import VOCABULARY, passkey_corpus
 from xattn.experiments.record import read_json, say, write_json
 from xattn.experiments.schema import DataConfig
+from xattn.experiments.tasks import Task, ids_of
 from xattn.experiments.tokenise import VOCABULARIES, Tokeniser, encode_part, tokeniser_for
 
 CORPORA = Path(__file__).resolve().parent / "corpora"
@@ -34,6 +35,8 @@ def vocabulary_of(data: DataConfig) -> int | None:
     """
     if data.source == "passkey":
         return VOCABULARY
+    if data.source == "task":
+        return ids_of(data.task)
     if data.source != "bin":
         return data.vocab_size if data.tokenizer == "bpe" else VOCABULARIES[data.tokenizer]
     meta = read_json(Path(str(data.path)) / "meta.json")
@@ -63,6 +66,10 @@ def load_corpus(data: DataConfig) -> Corpus:
         return _token_files(data)
     if data.source == "passkey":
         return passkey_corpus(tokens=data.max_train_tokens or _PASSKEY_TOKENS, passage=data.passage_tokens)
+    if data.source == "task":
+        task, none = Task(config=data.task.settled()), Part(ids=np.zeros(0, dtype=np.int64))
+        named = {"name": data.task.name, "tokenizer": data.task.name, "vocabulary": task.vocabulary}
+        return Corpus(**named, train=none, val=none, token_bytes=None, task=task)
     if data.source == "shakespeare":
         name, train, val = "Tiny Shakespeare", [(CORPORA / "tinyshakespeare.txt").read_bytes()], None
     elif data.source == "text":

@@ -31,22 +31,26 @@ def main_table(rows: Sequence[Row]) -> Table:
     change = {"bpb": "delta bpb", "loss_nats": "delta nats"}[judged]
     header = ["variant", f"val bpb{spread}", f"{change}{interval}", f"val ppl{spread}", "params", "train peak MiB",
               "infer peak MiB", "KV B/token", "tokens/s", "back-end", "comparable"]  # fmt: skip
+    answers = any(row.values("val", "accuracy") for row in rows)
+    if answers:
+        header.insert(4, f"answers right{spread}")
     cells = []
     for row in rows:
         if not row.done:
             cells.append([row.name, *[_NONE] * (len(header) - 2), "no result: " + "; ".join(row.failures)])
             continue
         backend = backend_summary(row.first["backends"])
-        cells.append([row.name, *_quality(row, rows[0], judged), *_cost(row), backend, _verdict(row, rows[0])])
+        right = [show(estimate(row.values("val", "accuracy").values()), "{:.3f}")] if answers else []
+        cells.append([row.name, *_quality(row, rows[0], judged), *right, *_cost(row), backend, _verdict(row, rows[0])])
     return Table(title="Trained on equal tokens", header=header, cells=cells, left=("back-end", "comparable"))
 
 
 def _quality(row: Row, baseline: Row, judged: str) -> list[str]:
     difference = None if row is baseline else delta(row, baseline, "val", judged)
     return [
-        _show(estimate(row.values("val", "bpb").values()), "{:.4f}"),
-        _show(difference, "{:+.4f}", interval=True),
-        _show(estimate(row.values("val", "ppl").values()), "{:.3f}"),
+        show(estimate(row.values("val", "bpb").values()), "{:.4f}"),
+        show(difference, "{:+.4f}", interval=True),
+        show(estimate(row.values("val", "ppl").values()), "{:.3f}"),
     ]
 
 
@@ -74,11 +78,13 @@ def _verdict(row: Row, baseline: Row) -> str:
 def length_table(rows: Sequence[Row]) -> Table | None:
     """One line a variant and extension, one column an evaluation length; None where only one length was judged."""
     done = [row for row in rows if row.done]
-    if len(_lengths(done)) < 2:
+    if len(lengths_of(done)) < 2:
         return None
     unit = "bits per byte (perplexity)" if measure(rows)[0] == "bpb" else "perplexity"
     title = f"Beyond the trained length: {unit} on the same validation tokens"
-    return _by_length(done, "val_by_length", _length_cell, title=title)
+    if any(row.first.get("task") for row in done):
+        title = "Beyond the trained length: perplexity of the answers"
+    return by_length_table(done, "val_by_length", _length_cell, title=title)
 
 
 def passkey_table(rows: Sequence[Row]) -> Table | None:
@@ -87,7 +93,7 @@ def passkey_table(rows: Sequence[Row]) -> Table | None:
     if not asked:
         return None
     title = "Planted keys found: mean over depths (worst depth), of 1"
-    return _by_length(asked, "passkey", _passkey_cell, title=title)
+    return by_length_table(asked, "passkey", _passkey_cell, title=title)
 
 
 def decode_table(rows: Sequence[Row]) -> Table | None:
@@ -138,8 +144,8 @@ def _budget_cell(row: Row, name: str | None) -> str:
     return f"{ppl.mean:.3f} ({kv.mean:,.0f})" if ppl and kv else _NONE
 
 
-def _by_length(rows: Sequence[Row], field: str, cell: Callable[[Row, str, int], str], *, title: str) -> Table:
-    lengths = _lengths(rows)
+def by_length_table(rows: Sequence[Row], field: str, cell: Callable[[Row, str, int], str], *, title: str) -> Table:
+    lengths = lengths_of(rows)
     header = ["variant", "evaluated with", *[f"{n} ({n // min(lengths)}x)" for n in lengths]]
     cells = [
         [row.name, "as trained" if name == AS_TRAINED else name, *[cell(row, name, n) for n in lengths]]
@@ -149,7 +155,7 @@ def _by_length(rows: Sequence[Row], field: str, cell: Callable[[Row, str, int], 
     return Table(title=title, header=header, cells=cells, left=("evaluated with",))
 
 
-def _lengths(rows: Sequence[Row]) -> list[int]:
+def lengths_of(rows: Sequence[Row]) -> list[int]:
     return sorted({int(n) for row in rows for by in row.first["val_by_length"].values() for n in by})
 
 
@@ -174,7 +180,7 @@ def _passkey_cell(row: Row, extension: str, length: int) -> str:
     return f"{statistics.fmean(means):.2f} ({min(means):.2f})" if means else _NONE
 
 
-def _show(value: Estimate | None, form: str, *, interval: bool = False) -> str:
+def show(value: Estimate | None, form: str, *, interval: bool = False) -> str:
     """`mean ± spread` over seeds, or, for a difference, `mean ± half the 95 % interval`."""
     if value is None:
         return _NONE
@@ -184,6 +190,6 @@ def _show(value: Estimate | None, form: str, *, interval: bool = False) -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Every table that the rows have numbers for."""
+    """Every table on texts that the rows have numbers for; those on tasks are in task_tables.py."""
     made = (main_table, length_table, passkey_table, decode_table, budget_table)
     return [table for table in (make(rows) for make in made) if table is not None]

@@ -15,6 +15,7 @@ from xattn.generate import beam_search, generate
 from xattn.nn.layers import AttentionLayers, layout_of
 from xattn.nn.loss import linear_cross_entropy, token_cross_entropy
 from xattn.ops.layout import Layout
+from xattn.shapes import sizes
 from xattn.spec.flags import merge, parse
 from xattn.spec.model import LayersSpec, ModelSpec
 
@@ -241,7 +242,13 @@ class AutoregressiveWrapper(nn.Module):
         self.net, self.ignore_index, self.pad_value = net, ignore_index, pad_value
 
     def forward(
-        self, ids_bn: Tensor, *, mask: Tensor | None = None, doc_ids: Tensor | None = None, extrapolate: bool = False
+        self,
+        ids_bn: Tensor,
+        *,
+        mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        extrapolate: bool = False,
     ) -> Tensor:
         """Mean loss in nats a token; ids (b n) hold input and target, so n - 1 tokens a row are predicted.
 
@@ -250,9 +257,13 @@ class AutoregressiveWrapper(nn.Module):
 
         Args:
             mask: bool (b n), True where there is a token; doc_ids: int (b n), as in `TransformerWrapper`.
+            target_mask: bool (b n), True where a token counts as a target; all are inputs. A row's first is never a target.
         """
         weight = self.net.spec.memory_loss_weight if self.training else None
         x_tm, target_t, live_b = self._inputs(ids_bn, mask, doc_ids, extrapolate, return_live=weight is not None)
+        if target_mask is not None:
+            sizes(ids=(ids_bn, "b n"), target_mask=(target_mask, "b n"))
+            target_t = target_t.masked_fill(~target_mask[:, 1:].flatten(), self.ignore_index)
         loss = linear_cross_entropy(x_tm, self.net.head_vm, target_t, ignore_index=self.ignore_index)
         return loss if weight is None else loss + weight * live_b.mean()
 
