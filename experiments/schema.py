@@ -399,12 +399,22 @@ class CompareConfig(RunConfig):
     # Rows further from the baseline's parameter count are marked not comparable. None: what the study had, 0.02 for a new one.
     param_tolerance: float | None = None
     plots: bool = True
+    jobs: int = 1  # runs at a time; on CUDA they are dealt out to the devices
+    reuse: list[str] = field(default_factory=list)  # studies whose runs of the same config are taken over, where they are there
+    lrs: list[float] = field(default_factory=list)  # every variant at each of these in place of optim.lr, as NAME-lrLR
     memory_curve: MemoryCurveConfig = field(default_factory=MemoryCurveConfig)
 
     def check(self) -> None:
         super().check()
         if self.param_tolerance is not None and self.param_tolerance < 0:
             raise ConfigError(f"param_tolerance={self.param_tolerance} is negative; use 0.02 for 2 %")
+        _positive("jobs", self.jobs)
+        if self.jobs > 1 and not self.isolate:
+            raise ConfigError(f"jobs={self.jobs} starts a process a run, and isolate=false asks for none; use isolate=true or jobs=1")
+        if self.jobs > 1 and self.trainer.strategy != "none":
+            raise ConfigError(f"jobs={self.jobs} gives every run one device, and trainer.strategy={self.trainer.strategy} takes several; use jobs=1")
+        for lr in self.lrs:
+            _positive("lrs", lr)
         self.memory_curve.check(isolate=self.isolate)
 
 
