@@ -30,6 +30,7 @@ from xattn.experiments.pool import in_turn
 from xattn.experiments.record import say
 from xattn.experiments.report import notes, print_report, write_report
 from xattn.experiments.schema import CompareConfig, RunConfig
+from xattn.experiments.search import needs_search, search_in_process
 from xattn.experiments.tables import tables
 
 _STUDY_FILES = "experiment=study/"
@@ -100,6 +101,7 @@ def _study(config: CompareConfig) -> int:
         say(f"interrupted; the same command goes on from here ({folder})")
         return 75
     all_well = all(result["status"] == record.COMPLETED for result in results)
+    search_all(config, jobs, folder)
     first = [(job.config.name, job.run_dir) for job in jobs if job.config.seed == config.seeds[0]]
     measure_curves(config, first, folder)
     if stopped():
@@ -136,6 +138,15 @@ def run_all(config: CompareConfig, jobs: list[Job]) -> list[dict[str, Any] | Non
         return result
 
     return in_turn(one, jobs, trainer=config.trainer, at_once=config.jobs)
+
+
+def search_all(config: CompareConfig, jobs: list[Job], folder: Path) -> None:
+    """The fewest keys for the baseline's loss of the same seed, of every selective run that is completed."""
+    name = _baseline(config) or next(row for row, _, _ in rows_of(config))
+    ask = config.budget_search
+    wanted = [(job.run_dir, folder / f"{name}-seed{job.config.seed}") for job in jobs]
+    wanted = [pair for pair in wanted if needs_search(*pair, ask)]
+    in_turn(lambda pair, place: search_in_process(*pair, ask, place), wanted, trainer=config.trainer, at_once=config.jobs)
 
 
 def _kept(config: CompareConfig) -> dict[str, Any]:

@@ -385,6 +385,21 @@ class MemoryCurveConfig:
 
 
 @dataclass(kw_only=True)
+class BudgetSearchConfig:
+    """The fewest keys a layer with which a selective run still has the baseline's loss, sought greedily; see experiments/search.py."""
+
+    step: float | None = None  # keys taken from a layer at a time; below 1: a share of those it has. None: no search
+    tokens: int = 16_384  # validation tokens of the search; what it finds is judged on eval.tokens
+    chunk: int = 16  # tokens a call of the search; 1 prunes as decoding does
+
+    def check(self) -> None:
+        if self.step is not None and not (0 < self.step < 1 or (self.step >= 1 and self.step == int(self.step))):
+            raise ConfigError(f"budget_search.step={self.step} is no count of keys and no share below 1; use 0.5")
+        _positive("budget_search.tokens", self.tokens)
+        _positive("budget_search.chunk", self.chunk)
+
+
+@dataclass(kw_only=True)
 class CompareConfig(RunConfig):
     """xattn-compare: variants x seeds of one shared run config. `runs` only reports on finished run directories."""
 
@@ -403,11 +418,13 @@ class CompareConfig(RunConfig):
     reuse: list[str] = field(default_factory=list)  # studies whose runs of the same config are taken over, where they are there
     lrs: list[float] = field(default_factory=list)  # every variant at each of these in place of optim.lr, as NAME-lrLR
     memory_curve: MemoryCurveConfig = field(default_factory=MemoryCurveConfig)
+    budget_search: BudgetSearchConfig = field(default_factory=BudgetSearchConfig)
 
     def check(self) -> None:
         super().check()
         if self.param_tolerance is not None and self.param_tolerance < 0:
             raise ConfigError(f"param_tolerance={self.param_tolerance} is negative; use 0.02 for 2 %")
+        self.budget_search.check()
         _positive("jobs", self.jobs)
         if self.jobs > 1 and not self.isolate:
             raise ConfigError(f"jobs={self.jobs} starts a process a run, and isolate=false asks for none; use isolate=true or jobs=1")
