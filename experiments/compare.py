@@ -258,3 +258,7 @@ def report(config: CompareConfig, runs_dir: Path) -> int:
     print_report(shown, remarks, title=title)
     say(f"\nwritten: {runs_dir}/report.html, {', '.join(written)}")
     return 0 if any(row.done for row in rows) else 1
+
+
+if __name__ == "__main__":
+    main()
