@@ -1,0 +1,103 @@
+"""Promises of the study: every question composes, its preset of CPU size runs end to end, and the rules of its runs hold."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import xattn
+from xattn.experiments import compare, compose, record
+from xattn.experiments.schema import TrainerConfig
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted(path.stem for path in (ROOT / "configs" / "sweep" / "study").glob("*.yaml") if path.stem != "base")
+STUDIES = [name for name in STUDIES if not name.startswith("tasks_")]
+TINY = ["+size=tiny", "isolate=false", "plots=false"]
+
+
+def text_of(name: str) -> list[str]:
+    """The preset's text; retrieval makes its own."""
+    return [] if name == "retrieval" else ["data=shakespeare"]
+
+
+def composed(argv: list[str], monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["xattn-compare"])
+    seen = []
+    compose.hydra_main(lambda cfg: seen.append(compose.resolve(cfg)), "compare", compare.arguments(argv))
+    return seen[0]
+
+
+def run(monkeypatch, *argv: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["xattn-compare", *argv])
+    with pytest.raises(SystemExit) as exit_:
+        compare.main()
+    return exit_.value.code
+
+
+def texts(folder: Path) -> None:
+    for corpus in ("books", "wiki"):
+        (folder / corpus).mkdir()
+        for part in ("train", "valid"):
+            (folder / corpus / f"{part}.jsonl.xz").touch()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_question_composes_at_full_size(name: str, tmp_path: Path, monkeypatch) -> None:
+    texts(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XATTN_DATA", str(tmp_path))
+    config = composed([f"+experiment=study/{name}"], monkeypatch)
+    jobs = compare.plan(config, tmp_path)
+    assert config.study == name and config.baseline in config.variants and str(config.dir) == f"runs/study/{name}"
+    assert len(config.seeds) >= 3 or config.lrs
+    assert len(jobs) == len(config.seeds) * len(config.variants) * max(len(config.lrs), 1)
+    size = {job.config.name: xattn.accounting.params(xattn.parse(job.config.model)) for job in jobs}
+    first = size[compare._baseline(config)]
+    assert all(abs(count / first - 1) <= (config.param_tolerance or compare.PARAM_TOLERANCE) for count in size.values())
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_question_runs_at_the_size_of_a_cpu(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = [f"+experiment=study/{name}", *TINY, *text_of(name)]
+    config = composed(argv, monkeypatch)
+    # The baseline and the last variant: the others are composed above.
+    dropped = [v for v in config.variants if v not in (config.baseline, list(config.variants)[-1])]
+    assert run(monkeypatch, *argv, *(f"~variants.{v}" for v in dropped)) == 0, capsys.readouterr().out
+    results = [json.loads(path.read_text()) for path in Path(f"runs/{name}_tiny").glob("*/result.json")]
+    assert len(results) == 2 * max(len(config.lrs), 1) and {r["status"] for r in results} == {record.COMPLETED}
+
+
+def test_rows_of_a_grid_are_compared_although_their_rates_differ(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ["+experiment=study/lr", *TINY, "data=shakespeare", "lrs=[1e-3,2e-3]", "trainer.steps=1"]
+    assert run(monkeypatch, *base, *(f"~variants.{v}" for v in ("dense_2x", "alibi", "selective"))) == 0
+    study = json.loads(Path("runs/lr_tiny/study.json").read_text())
+    assert study["baseline"] == "dense-lr0.002" and study["varied"] == ["optim.lr"]
+    rows = json.loads(Path("runs/lr_tiny/results.json").read_text())["rows"]
+    assert len(rows) == 4 and all(row["not_comparable"] == [] for row in rows)
+
+
+def test_a_finished_run_of_the_same_config_is_taken_over(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["+experiment=study/selective", *TINY, "data=shakespeare", "trainer.steps=1"]
+    few += [f"~variants.{v}" for v in ("dense_2x", "alibi", "selective_head_3")]
+    assert run(monkeypatch, *few, "dir=first", "~variants.window_128") == 0
+    assert run(monkeypatch, *few, "dir=second", "reuse=[first]") == 0
+    said = capsys.readouterr().out
+    assert said.count(": as in first") == 2
+    assert run(monkeypatch, *few, "dir=third", "reuse=[first]", "trainer.steps=2") == 0
+    assert ": as in first" not in capsys.readouterr().out
+
+
+def test_runs_side_by_side_are_dealt_out_to_the_devices(monkeypatch) -> None:
+    from xattn.experiments import pool
+
+    monkeypatch.setattr(pool.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    places = pool.environments(TrainerConfig(), 3)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["2", "5", "2"]
+    assert pool.environments(TrainerConfig(device="cpu"), 2) == [{}, {}]
+    seen = pool.in_turn(lambda job, _: job * 2, [1, 2, 3, 4], trainer=TrainerConfig(device="cpu"), at_once=3)
+    assert seen == [2, 4, 6, 8]
