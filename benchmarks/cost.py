@@ -5,9 +5,9 @@
     python benchmarks/cost.py --plot docs/images/study/cost.png                        # of the rows that are there
     python benchmarks/cost.py --dry                                                    # tiny, on the CPU
 
-A cell is one model at one length, measured in a fresh process: forward, backward and AdamW on one sequence of random bytes, bf16, a
-model of 6 layers of width 256. Processes are started ahead, and one at a time holds the GPU. After a cell without memory a model's
-longer ones are not tried.
+A cell is one model at one length, measured in a fresh process: forward, backward and AdamW on one sequence of random bytes,
+bf16, a model of 6 layers of width 256. Processes are started ahead, and one at a time holds the GPU. After a cell that ran out of
+memory, a model's longer ones are not tried.
 """
 
 import argparse
@@ -51,7 +51,7 @@ OOM = "out of memory"
 
 
 def cells(lengths: tuple[int, ...]) -> list[tuple[str, int]]:
-    """Every cell, shortest first, so that a run that is cut off has whole lengths; what is compiled comes early, for it takes long."""
+    """Every cell, shortest first, so that a run that is cut off has whole lengths; what is compiled, which takes long, early."""
     found = [(name, n) for n in lengths for name, (_, compiled) in MODELS.items() if not compiled]
     slow = [(name, n) for n in lengths for name, (_, compiled) in MODELS.items() if compiled and n in COMPILED_LENGTHS]
     return found[: len(MODELS)] + slow + found[len(MODELS) :]
@@ -137,7 +137,7 @@ def measure_all(rows: Rows, *, budget_s: float, dry: bool) -> None:
                 over[name] = min(n, over.get(name, n))
             _keep(rows, name, n, row)
         if late:
-            for name, n, process in running:
+            for _, _, process in running:
                 process.kill()
                 process.communicate()
             for name, n in [*[entry[:2] for entry in running], *waiting]:

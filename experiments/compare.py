@@ -30,7 +30,7 @@ from xattn.experiments.pool import in_turn
 from xattn.experiments.record import say
 from xattn.experiments.report import notes, print_report, write_report
 from xattn.experiments.schema import CompareConfig, RunConfig
-from xattn.experiments.search import needs_search, search_in_process
+from xattn.experiments.search import needs_search, search_run
 from xattn.experiments.tables import tables
 
 _STUDY_FILES = "experiment=study/"
@@ -146,7 +146,7 @@ def search_all(config: CompareConfig, jobs: list[Job], folder: Path) -> None:
     ask = config.budget_search
     wanted = [(job.run_dir, folder / f"{name}-seed{job.config.seed}") for job in jobs]
     wanted = [pair for pair in wanted if needs_search(*pair, ask)]
-    in_turn(lambda pair, place: search_in_process(*pair, ask, place), wanted, trainer=config.trainer, at_once=config.jobs)
+    in_turn(lambda pair, place: search_run(*pair, ask, place), wanted, trainer=config.trainer, at_once=config.jobs)
 
 
 def _kept(config: CompareConfig) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _kept(config: CompareConfig) -> dict[str, Any]:
     }
 
 
-def _study_of(folder: Path) -> dict[str, Any]:
+def study_of(folder: Path) -> dict[str, Any]:
     """What study.json kept; for runs without one, and in place of what is no such value, what a report does without it."""
     found = record.read_json(folder / STUDY)
     found = found if isinstance(found, dict) else {}
@@ -239,7 +239,7 @@ def report(config: CompareConfig, runs_dir: Path) -> int:
     Beside the runs it reads only how a study named, ordered and judged them, and does without where there is no study.
     """
     runs = find_runs(runs_dir)
-    study = _study_of(runs_dir)
+    study = study_of(runs_dir)
     baseline = config.baseline if config.baseline is not None and config.runs is not None else study["baseline"]
     tolerance = config.param_tolerance if config.param_tolerance is not None else study["param_tolerance"]
     rows = gather(runs, baseline=baseline, param_tolerance=tolerance, order=study["order"], varied=study["varied"])

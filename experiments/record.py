@@ -17,6 +17,7 @@ INVALID, INTERRUPTED, UNFINISHED = "invalid", "interrupted", "unfinished"
 FOREIGN = "foreign"
 RESULT, METRICS, CONFIG, MEMORY, LOG = "result.json", "metrics.jsonl", "config.yaml", "memory.json", "worker.log"
 DECODE = "decode.json"
+SEARCH = "budget_search.json"
 
 # What readers of a completed result rely on.
 _NEEDED = {

@@ -386,7 +386,7 @@ class MemoryCurveConfig:
 
 @dataclass(kw_only=True)
 class BudgetSearchConfig:
-    """The fewest keys a layer with which a selective run still has the baseline's loss, sought greedily; see experiments/search.py."""
+    """The fewest keys with which a selective run still has the baseline's loss; see experiments/search.py."""
 
     step: float | None = None  # keys taken from a layer at a time; below 1: a share of those it has. None: no search
     tokens: int = 16_384  # validation tokens of the search; what it finds is judged on eval.tokens
@@ -427,9 +427,13 @@ class CompareConfig(RunConfig):
         self.budget_search.check()
         _positive("jobs", self.jobs)
         if self.jobs > 1 and not self.isolate:
-            raise ConfigError(f"jobs={self.jobs} starts a process a run, and isolate=false asks for none; use isolate=true or jobs=1")
+            raise ConfigError(
+                f"jobs={self.jobs} starts a process a run, and isolate=false asks for none; use isolate=true or jobs=1"
+            )
         if self.jobs > 1 and self.trainer.strategy != "none":
-            raise ConfigError(f"jobs={self.jobs} gives every run one device, and trainer.strategy={self.trainer.strategy} takes several; use jobs=1")
+            raise ConfigError(
+                f"jobs={self.jobs} gives every run one device, and trainer.strategy={self.trainer.strategy} several; use jobs=1"
+            )
         for lr in self.lrs:
             _positive("lrs", lr)
         self.memory_curve.check(isolate=self.isolate)

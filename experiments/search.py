@@ -28,7 +28,7 @@ from xattn.experiments.launch import probe, stopped
 from xattn.experiments.schema import BudgetSearchConfig, RunConfig
 from xattn.experiments.sources import load_corpus
 
-FILE, STATE = "budget_search.json", "budget_search.state.json"
+STATE = "budget_search.state.json"
 
 
 def needs_search(run_dir: Path, baseline_dir: Path, ask: BudgetSearchConfig) -> bool:
@@ -36,27 +36,28 @@ def needs_search(run_dir: Path, baseline_dir: Path, ask: BudgetSearchConfig) -> 
     ours, theirs = record.read_result(run_dir), record.read_result(baseline_dir)
     if ask.step is None or {ours["status"], theirs["status"]} != {record.COMPLETED}:
         return False
-    found = record.read_json(run_dir / FILE)
+    found = record.read_json(run_dir / record.SEARCH)
     selective = ours["flags"]["resolved"].get("attn_selective")
     done = isinstance(found, dict) and found.get("asked") == asdict(ask) and found.get("baseline") == baseline_dir.name
     return any(selective if isinstance(selective, list) else [selective]) and not done
 
 
-def search_in_process(run_dir: Path, baseline_dir: Path, ask: BudgetSearchConfig, environment: dict[str, str]) -> None:
-    """Search in a fresh process; what it died of stands in place of what it found. A stopped one goes on by the next call."""
+def search_run(run_dir: Path, baseline_dir: Path, ask: BudgetSearchConfig, environment: dict[str, str]) -> None:
+    """Search, in a fresh process where runs have one; one that was stopped goes on by the next call."""
     record.say(f"{run_dir.name}: searching the fewest keys for the loss of {baseline_dir.name}")
-    code, (_, error) = probe(
-        ["xattn.experiments.search", str(run_dir), str(baseline_dir), json.dumps(asdict(ask))], environment
-    )
+    if not load_config(run_dir / record.CONFIG).isolate:
+        main([str(run_dir), str(baseline_dir), json.dumps(asdict(ask))])
+        return
+    code, (_, error) = probe(["xattn.experiments.search", str(run_dir), str(baseline_dir), json.dumps(asdict(ask))], environment)
     if code and not stopped():
-        record.write_json(run_dir / FILE, {"error": error})
+        record.write_json(run_dir / record.SEARCH, {"error": error})
 
 
 def search(run_dir: Path, baseline_dir: Path, ask: BudgetSearchConfig) -> dict[str, Any]:
     """Budgets a layer, and what they cost and save.
 
-    Returns: `budgets`, `factor` (KV bytes of all keys over those of the budgets), `target_nats` and `search_nats` on the tokens of
-        the search, `val_nats` and `unpruned_nats` and `baseline_nats` on eval.tokens; or `error`.
+    Returns: `budgets`, `factor` (KV bytes of all keys over those of the budgets), `target_nats` and `search_nats` on the tokens
+        of the search, and on eval.tokens `val_nats`, `unpruned_nats` and `baseline_nats`; or `error`.
     """
     config = load_config(run_dir / record.CONFIG)
     device = pick_device(config.trainer)
@@ -73,14 +74,15 @@ def search(run_dir: Path, baseline_dir: Path, ask: BudgetSearchConfig) -> dict[s
     try:
         with evaluating(model, device, precision):
             found = search_budgets(
-                model, ids_bn, target=target, step=ask.step, chunk=ask.chunk, path=run_dir / STATE, say=record.say
+                model, ids_bn, target=target, step=ask.step, chunk=ask.chunk, path=run_dir / STATE, say=lambda _: None
             )
     except ConfigError as error:
         return asked | {"error": str(error)}
     keys = found["budgets"]
     n = config.trainer.seq_len
     factor = xattn.accounting.kv_bytes(model.spec, n) / xattn.accounting.kv_bytes(model.spec, n, kv_budget=keys)
-    return asked | {"budgets": keys, "factor": factor, "search_nats": found["loss"]} | _judged(config, model, baseline, corpus, keys, where)
+    judged = _judged(config, model, baseline, corpus, keys, where)
+    return asked | {"budgets": keys, "factor": factor, "search_nats": found["loss"]} | judged
 
 
 def _judged(
@@ -99,12 +101,12 @@ def _judged(
 def main(argv: list[str]) -> int:
     """Search, and write what was found into the run directory."""
     run_dir, baseline_dir, ask = Path(argv[0]), Path(argv[1]), BudgetSearchConfig(**json.loads(argv[2]))
-    torch.set_grad_enabled(False)
     try:
-        found = search(run_dir, baseline_dir, ask)
+        with torch.no_grad():
+            found = search(run_dir, baseline_dir, ask)
     except USER_ERRORS as error:
         found = {"asked": asdict(ask), "baseline": baseline_dir.name, "error": str(error)}
-    record.write_json(run_dir / FILE, found)
+    record.write_json(run_dir / record.SEARCH, found)
     return 0
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import xattn
 from xattn.experiments import compare, compose, record
@@ -52,7 +53,9 @@ def test_a_question_composes_at_full_size(name: str, tmp_path: Path, monkeypatch
     assert config.study == name and config.baseline in config.variants and str(config.dir) == f"runs/study/{name}"
     assert len(config.seeds) >= 3 or config.lrs
     assert len(jobs) == len(config.seeds) * len(config.variants) * max(len(config.lrs), 1)
-    size = {job.config.name: xattn.accounting.params(xattn.parse(job.config.model)) for job in jobs}
+    with torch.device("meta"):
+        models = {job.config.name: xattn.build(**job.config.model) for job in jobs if job.config.seed == 0}
+    size = {row: sum(weight.numel() for weight in model.parameters()) for row, model in models.items()}
     first = size[compare._baseline(config)]
     assert all(abs(count / first - 1) <= (config.param_tolerance or compare.PARAM_TOLERANCE) for count in size.values())
 
