@@ -1,6 +1,6 @@
 """The page of the study: small files of finished studies are kept, and the tables and pictures of docs/study.md are made of them.
 
-    python -m xattn.experiments.study keep [NAME ...]    # runs/study/NAME -> benchmarks/results/study/NAME: no weights, thin curves
+    python -m xattn.experiments.study keep [NAME ...]   # runs/study/NAME -> benchmarks/results/study/NAME, without weights
     python -m xattn.experiments.study page               # benchmarks/results/study -> docs/study.md and docs/images/study
 
 Both are started in a checkout. The page's text is written by hand; what lies between its markers, <!-- table NAME TITLE -->,
@@ -10,7 +10,6 @@ Both are started in a checkout. The page's text is written by hand; what lies be
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from xattn import ConfigError
@@ -26,7 +25,7 @@ FINISHED, KEPT = Path("runs/study"), Path("benchmarks/results/study")
 PAGE, IMAGES = Path("docs/study.md"), Path("docs/images/study")
 _SMALL = (record.CONFIG, record.SEARCH, record.MEMORY, record.DECODE)
 _ROWS = 20  # of a curve
-_BLOCK = re.compile(r"(<!-- (table|notes|plot) (\S+) ?(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (table|notes|plot) (\S+)(?: ([^\n]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def keep(source: Path, target: Path) -> int:
@@ -66,7 +65,7 @@ def page(text: str, *, kept: Path, images: Path) -> str:
         draw(rows, images / name)
 
     def block(match: re.Match[str]) -> str:
-        kind, name, what = match[2], match[3], match[4]
+        kind, name, what = match[2], match[3], match[4] or ""
         made = _block(kind, what, *found[name], images / name) if name in found else None
         return match[1] + (made or "_No results yet._") + "\n" + match[5]
 

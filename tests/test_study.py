@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import xattn
-from xattn.experiments import compare, compose, record
+from xattn.experiments import compare, compose, record, study
 from xattn.experiments.schema import TrainerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -76,8 +76,8 @@ def test_rows_of_a_grid_are_compared_although_their_rates_differ(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     base = ["+experiment=study/lr", *TINY, "data=shakespeare", "lrs=[1e-3,2e-3]", "trainer.steps=1"]
     assert run(monkeypatch, *base, *(f"~variants.{v}" for v in ("dense_2x", "alibi", "selective"))) == 0
-    study = json.loads(Path("runs/lr_tiny/study.json").read_text())
-    assert study["baseline"] == "dense-lr0.002" and study["varied"] == ["optim.lr"]
+    kept = json.loads(Path("runs/lr_tiny/study.json").read_text())
+    assert kept["baseline"] == "dense-lr0.002" and kept["varied"] == ["optim.lr"]
     rows = json.loads(Path("runs/lr_tiny/results.json").read_text())["rows"]
     assert len(rows) == 4 and all(row["not_comparable"] == [] for row in rows)
 
@@ -104,3 +104,37 @@ def test_runs_side_by_side_are_dealt_out_to_the_devices(monkeypatch) -> None:
     assert pool.environments(TrainerConfig(device="cpu"), 2) == [{}, {}]
     seen = pool.in_turn(lambda job, _: job * 2, [1, 2, 3, 4], trainer=TrainerConfig(device="cpu"), at_once=3)
     assert seen == [2, 4, 6, 8]
+
+
+def test_small_files_of_a_study_make_the_page(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = [f"~variants.{v}" for v in ("dense_2x", "alibi", "selective_head_3", "window_128")]
+    assert run(monkeypatch, "+experiment=study/selective", *TINY, "data=shakespeare", *few, "dir=runs/study/selective") == 0
+    monkeypatch.setattr(sys, "argv", ["study", "keep"])
+    with pytest.raises(SystemExit) as exit_:
+        study.main()
+    assert exit_.value.code == 0
+    kept = Path("benchmarks/results/study/selective")
+    assert {path.suffix for path in kept.rglob("*") if path.is_file()} == {".json", ".jsonl", ".yaml"}
+    assert sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) < 30_000
+    marked = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    made = study.page(marked, kept=kept.parent, images=tmp_path / "images")
+    assert "| selective |" in made and "_No results yet._" in made and "(images/study/selective/loss.png)" in made
+    assert study.page(made, kept=kept.parent, images=tmp_path / "images") == made
+
+
+def test_every_question_stands_on_the_page() -> None:
+    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert [name for name in STUDIES if f"study/{name}" not in text] == []
+    made = {match[3] for match in study._BLOCK.finditer(text)}
+    assert made <= set(STUDIES) and made
+
+
+def test_cost_is_drawn_with_a_cross_where_memory_ran_out(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import cost
+
+    rows = [{"model": "xattn dense", "n": n, "step_ms": n / 100, "peak_mib": n * 2.0} for n in (1024, 2048)]
+    rows.append({"model": "xattn dense", "n": 4096, "note": cost.OOM})
+    assert cost.draw(rows, tmp_path / "cost.png") and not cost.draw(rows[2:], tmp_path / "none.png")
+    assert {name for name, _ in cost.cells(cost.LENGTHS)} == set(cost.MODELS)
