@@ -21,7 +21,7 @@ from xattn.experiments.sources import check_files, vocabulary_of
 _HERE = Path(__file__).resolve().parent
 # Installed, configs/ lies inside this package's parent; in a checkout beside it.
 CONFIGS = _HERE.parent / "configs"
-GROUPS = ("model", "data", "optim", "schedule", "trainer", "tracking", "eval", "experiment", "sweep", "debug")
+GROUPS = ("model", "data", "optim", "schedule", "trainer", "tracking", "eval", "experiment", "sweep", "size", "debug")
 # Everything the library raises for what a user asked; anything else is our own mistake and keeps its traceback.
 USER_ERRORS = (ConfigError, xattn.CheckpointError, xattn.ShapeError, xattn.TokenError)
 
@@ -106,7 +106,7 @@ def _in_our_words(error: Exception, command: str) -> str:
         return f"{found[1]}={found[2]} gives several values; {runs}for a list write {found[1]}=[{found[2]}]"
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: {said}"
-    if found := re.search(r"Key '(experiment|sweep|debug)' not in", said):
+    if found := re.search(r"Key '(experiment|sweep|size|debug)' not in", said):
         return f"{said.split(':')[0]}: {found[1]} is no field of the config; begin the file with the line # @package _global_"
     if isinstance(error.__cause__, OmegaConfBaseException):
         return f"{said}: {str(error.__cause__).splitlines()[0]}"
@@ -154,9 +154,10 @@ def _check_option(arg: str, schema: Any) -> None:
 
 
 def _check_choice(group: str, value: str, argv: list[str]) -> None:
-    names = {path.stem for folder in (CONFIGS, *_config_dirs(argv)) for path in (folder / group).glob("*.yaml")}
+    folders = [folder / group for folder in (CONFIGS, *_config_dirs(argv))]
+    names = {path.relative_to(folder).with_suffix("").as_posix() for folder in folders for path in folder.rglob("*.yaml")}
     for name in value.split(","):
-        if name not in names and re.fullmatch(r"\w*", name) and name != "null":
+        if name not in names and re.fullmatch(r"[\w/]*", name) and name != "null":
             close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
             cure = f"did you mean {group}={close[0]}?" if close else f"use one of {', '.join(sorted(names))}"
             raise ConfigError(f"{group}={name}: there is no such file in the group {group}; {cure}")

@@ -167,3 +167,7 @@ def _next_path(folder: Path) -> Path:
     while (folder / f"{number}.json").exists():
         number += 1
     return folder / f"{number}.json"
+
+
+if __name__ == "__main__":
+    main()

@@ -139,8 +139,13 @@ def find_runs(folder: Path) -> list[Run]:
     return runs
 
 
-def gather(runs: list[Run], *, baseline: str | None, param_tolerance: float, order: Iterable[str] = ()) -> list[Row]:
+def gather(
+    runs: list[Run], *, baseline: str | None, param_tolerance: float, order: Iterable[str] = (), varied: Iterable[str] = ()
+) -> list[Row]:
     """Group runs into rows, baseline first, and mark what may not be compared with it.
+
+    Args:
+        varied: fields of the config in which rows differ by design.
 
     Raises:
         ConfigError: no row is called `baseline`.
@@ -158,18 +163,18 @@ def gather(runs: list[Run], *, baseline: str | None, param_tolerance: float, ord
         raise ConfigError(f"baseline={baseline} is none of the rows; use one of {', '.join(row.name for row in rows)}")
     rows.sort(key=lambda row: row.name != baseline)
     for row in rows[1:]:
-        row.problems = problems(row, rows[0], param_tolerance=param_tolerance)
+        row.problems = problems(row, rows[0], param_tolerance=param_tolerance, varied=tuple(varied))
     return rows
 
 
-def problems(row: Row, baseline: Row, *, param_tolerance: float) -> list[str]:
+def problems(row: Row, baseline: Row, *, param_tolerance: float, varied: tuple[str, ...] = ()) -> list[str]:
     """Why `row` may not be compared with `baseline`; empty where it may."""
     if not row.done or not baseline.done:
         return []
     reasons = []
     ours, theirs = row.done[0], baseline.done[0]
     changed = differences(theirs.config, ours.config)
-    reasons += [f"{key} {new}, baseline {old}" for key, (old, new) in changed.items() if not key.startswith(_HARMLESS)]
+    reasons += [f"{key} {new}, baseline {old}" for key, (old, new) in changed.items() if not key.startswith(_HARMLESS + varied)]
     for label, path in _SAME.items():
         a, b = _at(ours.result, path), _at(theirs.result, path)
         if a != b:

@@ -68,3 +68,7 @@ def _load(path: Path) -> tuple:
         raise ConfigError(f"{path} has num_tokens={model.spec.num_tokens} and no run beside it says what they mean; give a run")
     tokens: Tokeniser = tokeniser_for(DataConfig(tokenizer="bytes"), [], path)
     return model, tokens.encode, tokens.decode
+
+
+if __name__ == "__main__":
+    main()

@@ -32,11 +32,20 @@ _WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 _USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 _stopped = threading.Event()
+_running: set[subprocess.Popen] = set()
 
 
 def stopped() -> bool:
     """Whether a signal asked this process to stop; no further run should be started."""
     return _stopped.is_set()
+
+
+def stop_all(number: int) -> None:
+    """A stop request reaches every process that runs: it saves its state and ends. No further one should be started."""
+    _stopped.set()
+    for process in tuple(_running):
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM if number in _USER_SIGNALS else number)
 
 
 def prepare(config: RunConfig, run_dir: Path) -> None:
@@ -55,8 +64,14 @@ def prepare(config: RunConfig, run_dir: Path) -> None:
     save_config(config, path)
 
 
-def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = False) -> dict[str, Any]:
-    """Train one run and return its result; one that was already completed there is returned as it stands."""
+def launch(
+    config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = False, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Train one run and return its result; one that was already completed there is returned as it stands.
+
+    Args:
+        environment: of its processes, on top of this one's.
+    """
     prepare(config, run_dir)
     result = record.read_result(run_dir)
     if result["status"] == record.COMPLETED:
@@ -75,7 +90,7 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
         if not wanted or (run_dir / file).exists():
             continue
         say(f"{prefix}measuring {what}")
-        measured = measure(run_dir)
+        measured = measure(run_dir, environment)
         if stopped():
             stop = (record.INTERRUPTED, f"stopped before the first step, while {what.split()[-1]} was measured")
             return record.write_failure(run_dir, *stop, name=config.name, seed=config.seed, flags=config.model)
@@ -84,7 +99,7 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
     if config.trainer.strategy != "none":
         processes = f"--nproc-per-node={config.trainer.processes}"
         arguments = ["torch.distributed.run", "--standalone", processes, "-m", *arguments]
-    code, tail = _process(arguments, log=run_dir / record.LOG, prefix=prefix)
+    code, tail = _process(arguments, log=run_dir / record.LOG, prefix=prefix, environment=environment)
     result = record.read_result(run_dir)
     if result["status"] == record.UNFINISHED:
         result = record.write_failure(run_dir, *_how_it_ended(code, tail), name=config.name, seed=config.seed, flags=config.model)
@@ -92,38 +107,38 @@ def launch(config: RunConfig, run_dir: Path, *, prefix: str = "", quiet: bool = 
     return result
 
 
-def probe_memory(run_dir: Path) -> dict[str, Any]:
+def probe_memory(run_dir: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Peak bytes of a training step and of an evaluation; a probe that dies leaves its reason instead of a number."""
     measured: dict[str, Any] = {}
     for kind in KINDS:
         arguments = ["xattn.experiments.memory", str(run_dir), kind]
-        found, error = _found(arguments, run_dir / f"memory-{kind}.json")
+        found, error = _found(arguments, run_dir / f"memory-{kind}.json", environment)
         measured |= {f"{kind}_peak_bytes": None, f"{kind}_error": error} if found is None else found
     return measured
 
 
-def probe_decode(run_dir: Path) -> dict[str, Any]:
+def probe_decode(run_dir: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Memory and speed of decoding with the model and eval.decode of RUN_DIR/config.yaml; `error` where the probe died."""
     path = run_dir / "decode-probe.json"
-    found, error = _found(["xattn.experiments.decode", str(run_dir), str(path)], path)
+    found, error = _found(["xattn.experiments.decode", str(run_dir), str(path)], path, environment)
     return {"error": error} if found is None else found
 
 
-def _found(arguments: list[str], path: Path) -> tuple[dict[str, Any] | None, str]:
+def _found(arguments: list[str], path: Path, environment: dict[str, str] | None = None) -> tuple[dict[str, Any] | None, str]:
     """What a probe left in `path`, which is removed; None, and the reason, where it died."""
     path.unlink(missing_ok=True)
-    code, (_, error) = probe(arguments)
+    code, (_, error) = probe(arguments, environment)
     found = record.read_json(path) if code == 0 else None
     path.unlink(missing_ok=True)
     return found, error
 
 
-def probe(arguments: list[str]) -> tuple[int, tuple[str, str]]:
+def probe(arguments: list[str], environment: dict[str, str] | None = None) -> tuple[int, tuple[str, str]]:
     """Run `python -m ARGUMENTS` silently, with nothing that hides its memory.
 
     Returns: the exit code, and for one that is not 0 the status and the reason.
     """
-    code, tail = _process(arguments, environment=PROBE_ENVIRONMENT, echo=False)
+    code, tail = _process(arguments, environment=PROBE_ENVIRONMENT | (environment or {}), echo=False)
     return code, _how_it_ended(code, tail)
 
 
@@ -154,6 +169,7 @@ def _process(
             env=_WORKER_ENVIRONMENT | os.environ | asked | (environment or {}),
             preexec_fn=_ignore_user_signals,
         ) as process,
+        _known(process),
         _forward_signals(process),
         following(prefix) as is_progress,
     ):
@@ -166,6 +182,18 @@ def _process(
             if echo:
                 say(prefix + line.rstrip())
         return process.wait(), tail
+
+
+@contextmanager
+def _known(process: subprocess.Popen) -> Iterator[None]:
+    """Among those that `stop_all` reaches."""
+    _running.add(process)
+    try:
+        if _stopped.is_set():  # the request came while this one was being started
+            process.send_signal(signal.SIGTERM)
+        yield
+    finally:
+        _running.discard(process)
 
 
 def _ignore_user_signals() -> None:

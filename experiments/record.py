@@ -17,6 +17,7 @@ INVALID, INTERRUPTED, UNFINISHED = "invalid", "interrupted", "unfinished"
 FOREIGN = "foreign"
 RESULT, METRICS, CONFIG, MEMORY, LOG = "result.json", "metrics.jsonl", "config.yaml", "memory.json", "worker.log"
 DECODE = "decode.json"
+SEARCH = "budget_search.json"
 
 # What readers of a completed result rely on.
 _NEEDED = {
@@ -112,7 +113,7 @@ class MetricsFile:
 
 
 def provenance() -> dict[str, Any]:
-    """Which code, on what: commit and dirty flag (null outside a checkout), versions, device names."""
+    """Which code, on what: commit and dirty flag (null outside a checkout, unless XATTN_COMMIT says it), versions, devices."""
     import torch
 
     import xattn
@@ -141,7 +142,8 @@ def _git_state(package: Path) -> tuple[str | None, bool | None]:
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
-        return None, None
+        commit = os.environ.get("XATTN_COMMIT") or None
+        return commit, None if commit is None else False
 
 
 def _finite(value: Any) -> Any:

@@ -2,13 +2,14 @@
 
 import csv
 import io
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from xattn.experiments.gather import Estimate, Row, delta, estimate
-from xattn.experiments.record import say, write_json, write_text
+from xattn.experiments.gather import Estimate, Row, delta, estimate, measure
+from xattn.experiments.record import provenance, say, write_json, write_text
 from xattn.experiments.tables import Table
 
 
@@ -41,9 +42,8 @@ def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
             "both from fresh processes."
         )
     if any(row.first.get("decode") for row in done):
-        lines.append(
-            "Decoding: from a fresh process, weights and cache included, not compiled."
-        )
+        lines.append("Decoding: from a fresh process, weights and cache included, not compiled.")
+    lines += [*_noise(rows), *_machines(done)]
     for row in done:
         decode = row.first.get("decode") or {}
         stopped = [decode["error"]] if "error" in decode else _errors(decode.get("by_length", {}))
@@ -54,6 +54,39 @@ def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
             known = _errors(row.first["val_by_length"].get(name, {}))
             lines += [f"{row.name}, {name}: no key could be asked for: {error}" for error in _errors(by) if error not in known]
     return lines
+
+
+def _noise(rows: Sequence[Row]) -> list[str]:
+    """What seeds alone do: the spread of the baseline, and the usual spread of a difference paired by seed."""
+    name, label = measure(rows)
+    own = estimate(rows[0].values("val", name).values())
+    if own is None or own.spread is None:
+        return []
+    pairs = [found.spread for row in rows[1:] if (found := delta(row, rows[0], "val", name)) and found.spread is not None]
+    paired = f"; of a difference paired by seed, the median of {len(pairs)} rows: {statistics.median(pairs):.4f}" if pairs else ""
+    return [f"Noise floor ({label}): standard deviation of {rows[0].name} over {own.seeds} seeds: {own.spread:.4f}{paired}."]
+
+
+def _machines(done: Sequence[Row]) -> list[str]:
+    """Warnings where runs came from different machines or versions, or from others than this report."""
+    results = [run.result for row in done for run in row.done]
+    now, lines = provenance(), []
+    for what, read in _ORIGINS.items():
+        seen = list(dict.fromkeys(str(read(result)) for result in results))
+        if len(seen) > 1:
+            lines.append(f"Warning: these runs differ in {what}: {', '.join(seen)}.")
+        elif seen[0] != str(read(now)):
+            lines.append(
+                f"Warning: another {what} than here: the runs {seen[0]}, this report {read(now)}; times cannot be compared."
+            )
+    return lines
+
+
+_ORIGINS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "device": lambda r: (r.get("platform") or {}).get("cuda") or (r.get("platform") or {}).get("machine"),
+    "version of torch": lambda r: (r.get("versions") or {}).get("torch"),
+    "version of xattn": lambda r: (r.get("versions") or {}).get("xattn"),
+}
 
 
 def _errors(by_length: dict[str, dict[str, Any]]) -> list[str]:
@@ -110,7 +143,7 @@ def write_report(
         pictures: (file name within `folder`, caption).
     """
     parts = [f"# {title}", *([description] if description else [])]
-    parts += [_markdown(table) for table in shown]
+    parts += [markdown(table) for table in shown]
     parts += ["\n".join(f"- {line}" for line in notes)]
     parts += [f"![{caption}]({name})" for name, caption in pictures]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
@@ -118,12 +151,14 @@ def write_report(
     write_json(folder / "results.json", {"title": title, "rows": [_json_row(row, rows[0]) for row in rows]})
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table, *, title: bool = True) -> str:
+    """A table in Markdown, under its title or bare."""
+
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     rule = ["---" if place == 0 or name in table.left else "---:" for place, name in enumerate(table.header)]
-    return "\n".join([f"## {table.title}", "", line(table.header), line(rule), *map(line, table.cells)])
+    return "\n".join([*([f"## {table.title}", ""] if title else []), line(table.header), line(rule), *map(line, table.cells)])
 
 
 def _decoded(result: dict[str, Any]) -> dict[str, Any]:

@@ -460,6 +460,21 @@ class MemoryCurveConfig:
 
 
 @dataclass(kw_only=True)
+class BudgetSearchConfig:
+    """The fewest keys with which a selective run still has the baseline's loss; see experiments/search.py."""
+
+    step: float | None = None  # keys taken from a layer at a time; below 1: a share of those it has. None: no search
+    tokens: int = 16_384  # validation tokens of the search; what it finds is judged on eval.tokens
+    chunk: int = 16  # tokens a call of the search; 1 prunes as decoding does
+
+    def check(self) -> None:
+        if self.step is not None and not (0 < self.step < 1 or (self.step >= 1 and self.step == int(self.step))):
+            raise ConfigError(f"budget_search.step={self.step} is no count of keys and no share below 1; use 0.5")
+        _positive("budget_search.tokens", self.tokens)
+        _positive("budget_search.chunk", self.chunk)
+
+
+@dataclass(kw_only=True)
 class CompareConfig(RunConfig):
     """xattn-compare: variants x seeds of one shared run config. `runs` only reports on finished run directories."""
 
@@ -474,12 +489,28 @@ class CompareConfig(RunConfig):
     # Rows further from the baseline's parameter count are marked not comparable. None: what the study had, 0.02 for a new one.
     param_tolerance: float | None = None
     plots: bool = True
+    jobs: int = 1  # runs at a time; on CUDA they are dealt out to the devices
+    reuse: list[str] = field(default_factory=list)  # studies whose runs of the same config are taken over, where they are there
+    lrs: list[float] = field(default_factory=list)  # every variant at each of these in place of optim.lr, as NAME-lrLR
     memory_curve: MemoryCurveConfig = field(default_factory=MemoryCurveConfig)
+    budget_search: BudgetSearchConfig = field(default_factory=BudgetSearchConfig)
 
     def check(self) -> None:
         super().check()
         if self.param_tolerance is not None and self.param_tolerance < 0:
             raise ConfigError(f"param_tolerance={self.param_tolerance} is negative; use 0.02 for 2 %")
+        self.budget_search.check()
+        _positive("jobs", self.jobs)
+        if self.jobs > 1 and not self.isolate:
+            raise ConfigError(
+                f"jobs={self.jobs} starts a process a run, and isolate=false asks for none; use isolate=true or jobs=1"
+            )
+        if self.jobs > 1 and self.trainer.strategy != "none":
+            raise ConfigError(
+                f"jobs={self.jobs} gives every run one device, and trainer.strategy={self.trainer.strategy} several; use jobs=1"
+            )
+        for lr in self.lrs:
+            _positive("lrs", lr)
         self.memory_curve.check(isolate=self.isolate)
 
 

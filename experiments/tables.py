@@ -8,6 +8,7 @@ from typing import Any
 from xattn.experiments.gather import Estimate, Row, delta, estimate, measure
 from xattn.experiments.judge import AS_TRAINED
 from xattn.experiments.outcome import backend_summary
+from xattn.experiments.record import SEARCH, read_json
 
 MIB = 1024**2
 _NONE = "-"
@@ -144,6 +145,52 @@ def _budget_cell(row: Row, name: str | None) -> str:
     return f"{ppl.mean:.3f} ({kv.mean:,.0f})" if ppl and kv else _NONE
 
 
+def search_table(rows: Sequence[Row]) -> Table | None:
+    """One line a variant whose fewest keys for the baseline's loss were sought; None where none were."""
+    found = {row.name: [entry for run in row.done if isinstance(entry := read_json(run.path / SEARCH), dict)] for row in rows}
+    if not any(found.values()):
+        return None
+    header = ["variant", "factor ± sd", "keys a layer", "nats: baseline", "all keys", "kept keys", "seeds", "not found"]
+    cells = []
+    for name, entries in found.items():
+        good = [entry for entry in entries if "factor" in entry]
+        if not entries:
+            continue
+
+        def mean(field: str, good: list[dict[str, Any]] = good) -> str:
+            return show(estimate(entry[field] for entry in good), "{:.4f}").split(" ±")[0]
+
+        keys = " ".join(str(key) for key in good[0]["budgets"]) if good else _NONE
+        losses = [mean(f"{field}_nats") for field in ("baseline", "unpruned", "val")]
+        why = "; ".join(sorted({entry["error"] for entry in entries if "error" in entry}))
+        factor = show(estimate(entry["factor"] for entry in good), "{:.1f}x")
+        cells.append([name, factor, keys, *losses, str(len(good)), why or _NONE])
+    title = "Fewest keys for the baseline's loss: how many times fewer KV bytes (keys a layer: of the first seed)"
+    return Table(title=title, header=header, cells=cells, left=("keys a layer", "not found"))
+
+
+def lr_table(rows: Sequence[Row]) -> Table | None:
+    """One line a variant of a grid, one column a learning rate, the best marked; None where there is no grid."""
+    grid: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        lr = row.runs[0].config.optim.lr
+        if row.name.endswith(f"-lr{lr:g}"):
+            grid.setdefault(row.name.removesuffix(f"-lr{lr:g}"), {})[lr] = row
+    if not grid:
+        return None
+    judged, label = measure(rows)
+    lrs = sorted({lr for by_lr in grid.values() for lr in by_lr})
+    cells = []
+    for name, by_lr in grid.items():
+        found = {lr: estimate(row.values("val", judged).values()) for lr, row in by_lr.items()}
+        best = min((value.mean for value in found.values() if value), default=None)
+        marks = {lr: " *" if value and value.mean == best else "" for lr, value in found.items()}
+        cells.append([name, *[show(found.get(lr), "{:.4f}") + marks.get(lr, "") for lr in lrs]])
+    return Table(
+        title=f"Learning rates: {label} (*: the variant's best)", header=["variant", *[f"{lr:g}" for lr in lrs]], cells=cells
+    )
+
+
 def by_length_table(rows: Sequence[Row], field: str, cell: Callable[[Row, str, int], str], *, title: str) -> Table:
     lengths = lengths_of(rows)
     header = ["variant", "evaluated with", *[f"{n} ({n // min(lengths)}x)" for n in lengths]]
@@ -191,5 +238,5 @@ def show(value: Estimate | None, form: str, *, interval: bool = False) -> str:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Every table on texts that the rows have numbers for; those on tasks are in task_tables.py."""
-    made = (main_table, length_table, passkey_table, decode_table, budget_table)
+    made = (main_table, length_table, passkey_table, decode_table, budget_table, search_table, lr_table)
     return [table for table in (make(rows) for make in made) if table is not None]

@@ -134,3 +134,7 @@ def _exit_status(results: list[dict[str, Any]]) -> int:
     if any(result["status"] == record.INTERRUPTED for result in results):
         return 75
     return int(any(result["status"] != record.COMPLETED for result in results))
+
+
+if __name__ == "__main__":
+    main()

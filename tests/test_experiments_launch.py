@@ -48,7 +48,7 @@ def test_a_study_on_two_ranks_gives_the_study_of_one_process(tmp_path: Path, mon
 
 
 def test_a_stop_while_memory_is_measured_is_an_interrupted_run(tmp_path: Path, monkeypatch) -> None:
-    def stopped_meanwhile(arguments: list[str]) -> tuple[int, tuple[str, str]]:
+    def stopped_meanwhile(arguments: list[str], environment: dict[str, str] | None) -> tuple[int, tuple[str, str]]:
         launch._stopped.set()
         return -15, (record.KILLED, "killed by SIGTERM")
 

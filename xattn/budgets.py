@@ -44,7 +44,7 @@ def search_budgets(
     ids_bn: Tensor,
     *,
     target: float,
-    step: int,
+    step: int | float,
     chunk: int = 1,
     path: str | Path | None = None,
     say: Callable[[str], Any] = print,
@@ -53,7 +53,9 @@ def search_budgets(
 
     Args:
         model: with selective layers, in eval mode. ids_bn: validation tokens (b n), read over a cache as `loss_at` does.
-        target: nats a token that must not be passed. step: keys taken from a layer at a time. chunk: as `loss_at`.
+        target: nats a token that must not be passed. chunk: as `loss_at`.
+        step: keys taken from a layer at a time, as in the paper; below 1: this share of the keys that the layer still has, which
+            takes fewer evaluations and is finer where few keys are left.
         path: a JSON file kept up to date after every evaluation; a search that was stopped goes on from it.
         say: takes one line of progress after each step.
     Returns:
@@ -65,8 +67,8 @@ def search_budgets(
     selective = [block.attention.selection is not None for block in model.spec.layers.blocks]
     if not any(selective):
         raise ConfigError("no layer has attn_selective, so there is nothing to prune; build the model with attn_selective")
-    if step < 1 or chunk < 1:
-        raise ConfigError(f"step={step} and chunk={chunk} must be at least 1")
+    if step <= 0 or (step > 1 and step != int(step)) or chunk < 1:
+        raise ConfigError(f"step={step} must be a count of keys or a share below 1, and chunk={chunk} at least 1")
     if ids_bn.ndim != 2 or ids_bn.shape[1] < 2:
         raise TokenError(f"ids have shape {tuple(ids_bn.shape)}; a loss needs (batch, 2 tokens or more)")
     search = _Search(model, ids_bn, target=target, step=step, chunk=chunk, path=None if path is None else Path(path))
@@ -82,7 +84,7 @@ def search_budgets(
     while not state["done"]:
         now = state["steps"][-1]["budgets"]
         tried = [
-            [max(EXEMPT, old - step) if j == i else old for j, old in enumerate(now)]
+            [_smaller(old, step) if j == i else old for j, old in enumerate(now)]
             for i, budget in enumerate(now)
             if budget is not None and budget > EXEMPT
         ]
@@ -105,11 +107,15 @@ def search_budgets(
     return {**final, "evaluations": state["evaluations"], "steps": state["steps"]}
 
 
+def _smaller(budget: int, step: int | float) -> int:
+    return max(EXEMPT, budget - (int(step) if step >= 1 else max(round(budget * step), 1)))
+
+
 class _Search:
     """The state of one search, on disk after every change where there is a path."""
 
     def __init__(
-        self, model: TransformerWrapper, ids_bn: Tensor, *, target: float, step: int, chunk: int, path: Path | None
+        self, model: TransformerWrapper, ids_bn: Tensor, *, target: float, step: int | float, chunk: int, path: Path | None
     ) -> None:
         self.model, self.ids_bn, self.chunk, self.path = model, ids_bn, chunk, path
         about = {"target": target, "step": step, "chunk": chunk, "of": _digest(model, ids_bn)}
