@@ -275,6 +275,7 @@ def test_options_that_static_steps_cannot_honour_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("kind", ["mix", "budget"])
 def test_a_compiled_step_in_a_graph_says_the_same(kind: str, mode: str) -> None:

@@ -3,7 +3,10 @@
 Letters: c columns of the scratch (keys of a chunk), t segments of queries.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import triton
@@ -98,6 +101,25 @@ def numbers_of(x: Inputs, o: Options) -> Numbers:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=1024)
+def _chunks(blocks: int, width: int, row_bytes: int, cap: int, *, by_keys: bool) -> tuple[tuple[int, int], ...]:
+    """Even chunks, for a small last one would leave processors idle: as few as keep within the cap where cuts allow it."""
+    cuts = [*range(0, blocks, SEGMENT), blocks]
+    held = [rows_before(y, blocks, width, by_keys=by_keys) * row_bytes for y in cuts]
+    count = max(1, -(-held[-1] // cap))
+    while True:
+        chosen = [0]
+        for share in range(1, count):
+            goal = held[-1] * share / count
+            at = bisect_left(held, goal)
+            chosen.append(at - (at > 0 and goal - held[at - 1] <= held[at] - goal))
+        ends = sorted({*chosen, len(cuts) - 1})
+        pairs = list(pairwise(ends))
+        if len(pairs) == len(cuts) - 1 or all(held[last] - held[first] <= cap for first, last in pairs):
+            return tuple((cuts[first], cuts[last]) for first, last in pairs)
+        count += 1
+
+
 class _Call:
     """What every launch of one call shares."""
 
@@ -166,21 +188,10 @@ class _Call:
         width = self.n.width if self.parts.band else 0
         return rows_before(min(y, self.n.blocks), self.n.blocks, width, by_keys=by_keys)
 
-    def chunks(self, tile_bytes: int, *, by_keys: bool) -> list[tuple[int, int]]:
+    def chunks(self, tile_bytes: int, *, by_keys: bool) -> tuple[tuple[int, int], ...]:
         """Rows (or columns) of tiles, cut at segments so that a chunk's scratch fits the cap; one segment at least."""
-        def held(y: int) -> int:
-            return self.tiles_before(y, by_keys=by_keys) * tile_bytes * self.n.batch
-
-        cuts = range(SEGMENT, self.n.blocks, SEGMENT)
-        count = -(-held(self.n.blocks) // self.o.scratch_bytes)
-        while True:
-            # even chunks: a small last one would leave processors idle
-            chosen = {min(cuts, key=lambda y: abs(held(y) - held(self.n.blocks) * i / count)) for i in range(1, count) if cuts}
-            ends = [0, *sorted(chosen), self.n.blocks]
-            chunks = list(zip(ends, ends[1:], strict=False))
-            if len(chosen) == len(cuts) or all(held(last) - held(first) <= self.o.scratch_bytes for first, last in chunks):
-                return chunks
-            count += 1
+        width = self.n.width if self.parts.band else 0
+        return _chunks(self.n.blocks, width, tile_bytes * self.n.batch, self.o.scratch_bytes, by_keys=by_keys)
 
     def shares(self, rows: int) -> int:
         """Programs among which the keys of one block of queries are shared out, so that a small chunk fills the GPU."""
@@ -240,8 +251,9 @@ class _Call:
         grid = (last - first if by_keys else last, last_segment - first_segment, n.batch)
         selection.fill[grid](
             *self.selecting, carry, self.last, scratch, *self.by_key, *self.selecting_strides, carry.stride(0),
-            carry.stride(1) * self.coarse, scratch.stride(1), first if by_keys else 0, first_segment, n.blocks if by_keys else last,
-            self.o.sim_head, n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts, **self.small("fill"),
+            carry.stride(1) * self.coarse, scratch.stride(1), first if by_keys else 0, first_segment,
+            n.blocks if by_keys else last, self.o.sim_head, n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts,
+            **self.small("fill"),
         )  # fmt: skip
         return scratch
 

@@ -20,14 +20,14 @@ class Tile(NamedTuple):
 _HALF: dict[tuple[str, str], tuple[Tile, Tile, Tile]] = {
     ("forward", "plain"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     ("forward", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
-    ("forward", "select"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
-    ("forward", "extend"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+    ("forward", "select"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
+    ("forward", "extend"): (Tile(64, 32, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
     ("dkdv", "plain"): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
-    ("dkdv", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    ("dkdv", "window"): (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "select"): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "extend"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
     ("dq", "plain"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
-    ("dq", "window"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
+    ("dq", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 1)),
     ("dq", "select"): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
     ("dq", "extend"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 1), Tile(64, 32, 8, 1)),
 }
@@ -60,7 +60,7 @@ def small(kernel: str, *, block_d: int, itemsize: int, extend: bool) -> dict[str
     if itemsize > 2 or extend or block_d > 128:
         stages = 1
     else:
-        stages = {"fill": 3 if narrow else 2, "spread": 2, "add": 5 if narrow else 3}[kernel]
+        stages = {"fill": 2, "spread": 3 if narrow else 1, "add": 5 if narrow else 3}[kernel]
     return {"num_warps": 4, "num_stages": stages}
 
 
