@@ -2,7 +2,8 @@
 
 The query heads that share a key head are packed into one tile, so that a key is read once for all of them. Positions of
 queries are always stored; keys stand in any order, or (PLAIN) slot j holds token j and slots out of sight are not visited.
-Self-Extend's keys come raw and are turned here, in the ways that a tile needs, and by halves where all of a head is turned. F is read from `count`, which also carries the votes on.
+Self-Extend's keys come raw and are turned here, in the ways that a tile needs (by halves, where the whole head is turned).
+F is read from `count`, which also carries the votes on.
 
 Letters: m packed rows, query i of a group's head; r the split, u the last queries whose votes are asked for.
 """
