@@ -112,6 +112,44 @@ def test_every_tile_of_packed_heads_equals_the_definition(flags: dict[str, Any],
     check(spec_of(**flags, attn_selective=True), 90, queries)
 
 
+# tiles of keys that are far from all queries, near to all, and mixed; the head is turned by halves
+ZONES = {"kv_heads": 1, "rotary_pos_emb": True, "self_extend_group": 5, "self_extend_window": 101}
+
+
+@pytest.mark.parametrize("more", [
+    {"dim_head": 64}, {"dim_head": 32, "attn_selective": True}, {"dim_head": 32, "rotary_emb_dim": 16},
+    {"dim_head": 32, "sliding_window": 190, "sink_tokens": 40},
+], ids=["whole", "selective", "partial", "sinks"])  # fmt: skip
+@pytest.mark.parametrize(("seating", "parts", "dtype"), [
+    ("plain", 1, torch.float32), ("plain", 3, HALF), ("ring", 3, torch.float32),
+])  # fmt: skip
+def test_zones_of_self_extend_equal_the_definition(
+    more: dict[str, Any], seating: str, parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xattn.kernels import launch_decode
+
+    monkeypatch.setattr(launch_decode, "splits", lambda programs, keys: parts)
+    check(spec_of(**ZONES, **more), 330, 3, seating=seating, dtype=dtype)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_tiles_in_one_zone_of_self_extend_read_no_turns_of_the_other(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xattn.ops import triton
+
+    n, tile, near = 330, 32, ZONES["self_extend_window"]
+    far = (n - queries - near + 1) // tile * tile
+    close = -(-(n - near) // tile) * tile
+    turns = triton._turns
+
+    def some(*given: Any) -> Tensor:
+        exact, grouped = turns(*given).clone().chunk(2, dim=1)
+        exact[:, :, :far], grouped[:, :, close:] = float("nan"), float("nan")
+        return torch.cat([exact, grouped], dim=1)
+
+    monkeypatch.setattr(triton, "_turns", some)
+    check(spec_of(**ZONES, dim_head=32), n, queries)
+
+
 def test_split_counts_follow_the_keys_in_sight() -> None:
     from xattn.kernels.launch_decode import splits
 

@@ -2,7 +2,8 @@
 
 The query heads that share a key head are packed into one tile, so that a key is read once for all of them. Positions of
 queries are always stored; keys stand in any order, or (PLAIN) slot j holds token j and slots out of sight are not visited.
-Self-Extend's keys come raw and are turned here, in both ways. F is read from `count`, which also carries the votes on.
+Self-Extend's keys come raw and are turned here, in the ways that a tile needs (by halves, where the whole head is turned).
+F is read from `count`, which also carries the votes on.
 
 Letters: m packed rows, query i of a group's head; r the split, u the last queries whose votes are asked for.
 """
@@ -12,6 +13,7 @@ import triton.language as tl
 
 from xattn.kernels.stages import (
     BOTH,
+    FAR,
     LOG2E,
     NEAR,
     allowed,
@@ -27,29 +29,78 @@ from xattn.kernels.stages import (
 
 
 @triton.jit
-def _turned(k_ptr, k_j, turn_ptr, j0, n, HALF: tl.constexpr, P: tl.constexpr):
-    """A tile of keys at their positions and at their grouped ones; both the keys as stored without Self-Extend."""
+def _halves(ptr, at, real, SPLIT: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr):
+    """Rows that begin at ptr + at, zero where not real; if SPLIT their two halves, else twice the same tile."""
+    BLOCK_D: tl.constexpr = P.block_d
+    D: tl.constexpr = P.d
+    WIDTH: tl.constexpr = HALF if SPLIT else BLOCK_D
+    d = tl.arange(0, WIDTH)
+    here = real[:, None]
+    if D != BLOCK_D:
+        here = here & (d[None, :] < D)
+    low = tl.load(ptr + at[:, None] + d[None, :], mask=here, other=0.0)
+    high = low
+    if SPLIT:
+        high = tl.load(ptr + at[:, None] + (d + HALF)[None, :], mask=here, other=0.0)
+    return low, high
+
+
+@triton.jit
+def _turn(k, at, real, n, SPLIT: tl.constexpr, HALF: tl.constexpr):
+    """Keys turned by the cosines `at` and the sines n_j rows further; k is two halves, or the keys and their signed twins."""
+    low, high = k[0].to(tl.float32), k[1].to(tl.float32)
+    cos = tl.load(at, mask=real, other=1.0)
+    sin = tl.load(at + n.n_j * HALF, mask=real, other=0.0)
+    if SPLIT:
+        turned = ((low * cos - high * sin).to(k[0].dtype), (high * cos + low * sin).to(k[0].dtype))
+    else:
+        whole = (low * cos + high * sin).to(k[0].dtype)
+        turned = (whole, whole)
+    return turned
+
+
+@triton.jit
+def _turned(
+    k_ptr, k_j, turn_ptr, j0, n, ZONE: tl.constexpr, SPLIT: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """A tile of keys, as `_halves`, at their positions and at their grouped ones: those of both that the zone needs."""
     BJ: tl.constexpr = P.block_j
     BLOCK_D: tl.constexpr = P.block_d
     row = tl.arange(0, BJ)
     k_ptr += tl.cast(j0, tl.int64) * k_j
-    k_jd = rows(k_ptr, row, k_j, n.n_j - j0, True, P)
-    far_k_jd = k_jd
+    real = row < n.n_j - j0
+    k = _halves(k_ptr, row * k_j, real, SPLIT, HALF, P)
+    near_k = k
+    far_k = k
     if P.extend > 0:
-        d = tl.arange(0, BLOCK_D)
-        # the other half of a pair is loaded again, from the cache, rather than moved between registers
-        twin = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, 0))
-        real = (row[:, None] < n.n_j - j0) & (d[None, :] < 2 * HALF)
-        twin_jd = tl.load(k_ptr + row[:, None] * k_j + twin[None, :], mask=real, other=0.0).to(tl.float32)
-        twin_jd = tl.where(d[None, :] < HALF, -twin_jd, twin_jd)
+        WIDTH: tl.constexpr = HALF if SPLIT else BLOCK_D
+        d = tl.arange(0, WIDTH)
+        here = real[:, None]
+        if not SPLIT:
+            # the other half of a pair is loaded again, from the cache, rather than moved between registers
+            twin = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, 0))
+            here = here & (d[None, :] < 2 * HALF)
+            twin_jd = tl.load(k_ptr + row[:, None] * k_j + twin[None, :], mask=here, other=0.0)
+            k = (k[0], tl.where(d[None, :] < HALF, -twin_jd, twin_jd))
         at = turn_ptr + (j0 + row)[:, None] * HALF + (d % HALF)[None, :]
-        near_jd = k_jd.to(tl.float32) * tl.load(at, mask=real, other=1.0)
-        near_jd += twin_jd * tl.load(at + n.n_j * HALF, mask=real, other=0.0)
-        far_jd = k_jd.to(tl.float32) * tl.load(at + 2 * n.n_j * HALF, mask=real, other=1.0)
-        far_jd += twin_jd * tl.load(at + 3 * n.n_j * HALF, mask=real, other=0.0)
-        far_k_jd = far_jd.to(k_jd.dtype)
-        k_jd = near_jd.to(k_jd.dtype)
-    return k_jd, far_k_jd
+        if ZONE != FAR:
+            near_k = _turn(k, at, here, n, SPLIT, HALF)
+        if ZONE != NEAR:
+            far_k = _turn(k, at + 2 * n.n_j * HALF, here, n, SPLIT, HALF)
+    return near_k, far_k
+
+
+@triton.jit
+def _logits(
+    q, k, pos_i, pos_j, n, ZONE: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """The logits, of whole rows or as the sum over their halves."""
+    near_k, far_k = k
+    near_q, far_q, ahead_q = q
+    sim = logits((near_q[0], far_q[0], ahead_q[0]), (near_k[0], far_k[0]), pos_i, pos_j, n, ZONE, TRANSPOSED, P)
+    if SPLIT:
+        sim += logits((near_q[1], far_q[1], ahead_q[1]), (near_k[1], far_k[1]), pos_i, pos_j, n, ZONE, TRANSPOSED, P)
+    return sim
 
 
 @triton.jit
@@ -84,6 +135,18 @@ def _in_sight(pos_m, n, PLAIN: tl.constexpr, P: tl.constexpr):
     return fronts, lo, hi
 
 
+@triton.jit
+def _zones(pos_m, fronts, lo, n, P: tl.constexpr):
+    """Of tiles of keys in order: before which step all pairs are grouped ones, and from which on none is."""
+    BJ: tl.constexpr = P.block_j
+    last = tl.max(pos_m, 0)
+    first = tl.min(tl.where(pos_m >= 0, pos_m, last), 0)
+    far = tl.maximum(first - n.near + 1, 0)
+    far = tl.where(far >= lo, fronts + (far - lo) // BJ, tl.minimum(fronts, far // BJ))
+    near = fronts + (tl.maximum(last - n.near + 1 - lo, 0) + BJ - 1) // BJ
+    return far, near
+
+
 @triton.jit(do_not_specialize=["n"])
 def decode(
     q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, turn_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, penalty_ptr, dead_ptr,
@@ -96,6 +159,7 @@ def decode(
     BLOCK_D: tl.constexpr = P.block_d
     D: tl.constexpr = P.d
     GROUP: tl.constexpr = P.group
+    SPLIT: tl.constexpr = P.extend > 0 and HALF >= 16 and 2 * HALF == D and D == BLOCK_D
     r, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     tiles = (n.n_i * GROUP + BM - 1) // BM
     g = tl.program_id(1) // tiles
@@ -105,15 +169,15 @@ def decode(
     i = tl.where(real, i, 0)
     d = tl.arange(0, BLOCK_D)
     here = real[:, None] & (d[None, :] < D)
-    q_at = (b * q_b + tl.cast(h, tl.int64) * q_h + tl.cast(i, tl.int64) * q_i)[:, None] + d[None, :]
-    q_md = tl.load(q_ptr + q_at, mask=here, other=0.0)
-    far_q_md = q_md
-    ahead_q_md = q_md
+    q_at = b * q_b + tl.cast(h, tl.int64) * q_h + tl.cast(i, tl.int64) * q_i
+    near_q = _halves(q_ptr, q_at, real, SPLIT, HALF, P)
+    far_q = near_q
+    ahead_q = near_q
     if P.extend > 0:
-        far_q_md = tl.load(far_q_ptr + q_at, mask=here, other=0.0)
+        far_q = _halves(far_q_ptr, q_at, real, SPLIT, HALF, P)
     if P.extend == 2:
-        ahead_q_md = tl.load(ahead_q_ptr + q_at, mask=here, other=0.0)
-    q = (q_md, far_q_md, ahead_q_md)
+        ahead_q = _halves(ahead_q_ptr, q_at, real, SPLIT, HALF, P)
+    q = (near_q, far_q, ahead_q)
     pos_m = tl.load(pos_i_ptr + b * pos_i_b + i, mask=real, other=-1)
     doc_m = pos_m
     if P.docs:
@@ -134,24 +198,39 @@ def decode(
     fronts, lo, hi = _in_sight(pos_m, n, PLAIN, P)
     count = fronts + (tl.maximum(hi - lo, 0) + BJ - 1) // BJ
     each = (count + tl.num_programs(0) - 1) // tl.num_programs(0)
-    ZONE: tl.constexpr = BOTH if P.extend > 0 else NEAR
+    # causal Self-Extend of keys in order goes over near tiles, far ones and the mixed in between, each in its own loop
+    ZONED: tl.constexpr = PLAIN and P.extend == 1
+    ONLY: tl.constexpr = BOTH if P.extend > 0 else NEAR
+    FIRST: tl.constexpr = NEAR if ZONED else ONLY
+    LAST: tl.constexpr = BOTH if ZONED else ONLY
+    begin, end = r * each, tl.minimum(r * each + each, count)
+    far, near = begin, end
+    if ZONED:
+        far, near = _zones(pos_m, fronts, lo, n, P)
+        far, near = tl.minimum(tl.maximum(far, begin), end), tl.maximum(tl.minimum(near, end), begin)
     row = tl.arange(0, BJ)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
-    for step in range(r * each, tl.minimum(r * each + each, count)):
-        j0 = tl.where(step < fronts, step * BJ, lo + (step - fronts) * BJ)
-        k = _turned(k_ptr, k_j, turn_ptr, j0, n, HALF, P)
-        pos_j, doc_j = _seats(pos_j_ptr, doc_j_ptr, j0 + row, n, PLAIN, P)
-        sim = logits(q, k, pos_m[:, None], pos_j[None, :], n, ZONE, False, P)
-        sim, _ = modify(sim, pos_m[:, None], pos_j[None, :], slope[:, None], n, P)
-        if P.select:
-            at = penalty_ptr + tl.cast(i, tl.int64)[:, None] * penalty_i + (j0 + row)[None, :]
-            penalty = tl.load(at, mask=(j0 + row)[None, :] < n.n_j, other=0.0)
-            sim = subtract(sim, penalty * LOG2E, dead, P)
-        sim = tl.where(allowed(pos_m[:, None], pos_j[None, :], doc_m[:, None], doc_j[None, :], n, P), sim, float("-inf"))
-        v_jd = rows(v_ptr + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, True, P)
-        acc, total, top = weigh(acc, total, top, sim, v_jd, True)
+    for ZONE in tl.static_range(FIRST, LAST + 1):
+        start, stop = begin, end
+        if ZONED:
+            start = near if ZONE == NEAR else begin if ZONE == FAR else far
+            stop = end if ZONE == NEAR else far if ZONE == FAR else near
+        for step in range(start, stop):
+            j0 = tl.where(step < fronts, step * BJ, lo + (step - fronts) * BJ)
+            k = _turned(k_ptr, k_j, turn_ptr, j0, n, ZONE, SPLIT, HALF, P)
+            pos_j, doc_j = _seats(pos_j_ptr, doc_j_ptr, j0 + row, n, PLAIN, P)
+            sim = _logits(q, k, pos_m[:, None], pos_j[None, :], n, ZONE, False, SPLIT, P)
+            sim, _ = modify(sim, pos_m[:, None], pos_j[None, :], slope[:, None], n, P)
+            if P.select:
+                at = penalty_ptr + tl.cast(i, tl.int64)[:, None] * penalty_i + (j0 + row)[None, :]
+                penalty = tl.load(at, mask=(j0 + row)[None, :] < n.n_j, other=0.0)
+                sim = subtract(sim, penalty * LOG2E, dead, P)
+            seen = allowed(pos_m[:, None], pos_j[None, :], doc_m[:, None], doc_j[None, :], n, P)
+            sim = tl.where(seen, sim, float("-inf"))
+            v_jd = rows(v_ptr + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, True, P)
+            acc, total, top = weigh(acc, total, top, sim, v_jd, True)
 
     sink = tl.zeros([BM], tl.float32)
     if P.sink_logits:
@@ -198,11 +277,14 @@ def count(
     """
     BI: tl.constexpr = P.block_i
     BJ: tl.constexpr = P.block_j
+    BLOCK_D: tl.constexpr = P.block_d
+    D: tl.constexpr = P.d
+    SPLIT: tl.constexpr = P.extend > 0 and HALF >= 16 and 2 * HALF == D and D == BLOCK_D
     ZONE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     j0, b = tl.program_id(0) * BJ, tl.program_id(1).to(tl.int64)
     j = j0 + tl.arange(0, BJ)
     row = tl.arange(0, BI)
-    k = _turned(k_ptr + b * k_b, k_j, turn_ptr + b * turn_b, j0, n, HALF, P)
+    k = _turned(k_ptr + b * k_b, k_j, turn_ptr + b * turn_b, j0, n, ZONE, SPLIT, HALF, P)
     pos_j, doc_j = _seats(pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, j, n, PLAIN, P)
     pos_j, doc_j = pos_j[:, None], doc_j[:, None]
     slope = 0.0
@@ -215,13 +297,13 @@ def count(
     for i0 in range(0, n.n_i, BI):
         i = i0 + row
         q_at = b * q_b + tl.cast(i0, tl.int64) * q_i
-        q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
-        far_q_id = q_id
+        near_q = _halves(q_ptr + q_at, row * q_i, i < n.n_i, SPLIT, HALF, P)
+        far_q = near_q
         if P.extend > 0:
-            far_q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+            far_q = _halves(far_q_ptr + q_at, row * q_i, i < n.n_i, SPLIT, HALF, P)
         pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i, n.n_i, P)
         pos_i, doc_i = pos_i[None, :], doc_i[None, :]
-        sim_ji = logits((q_id, far_q_id, far_q_id), k, pos_i, pos_j, n, ZONE, True, P)
+        sim_ji = _logits((near_q, far_q, far_q), k, pos_i, pos_j, n, ZONE, True, SPLIT, P)
         sim_ji, _ = modify(sim_ji, pos_i, pos_j, slope, n, P)
         seen = allowed(pos_i, pos_j, doc_i, doc_j, n, P)
         votes_ji = votes(sim_ji, seen & (pos_i != pos_j), pos_j)

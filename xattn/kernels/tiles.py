@@ -72,7 +72,9 @@ def decode_tile(kernel: str, *, rows: int, block_d: int, itemsize: int, extend: 
     if itemsize > 2:
         return Tile(block_i, 32 if block_d <= 128 else 16, 4, 1)
     if extend or block_d > 128:
-        return Tile(min(block_i, 32), 32, 4, 2)
+        # cosines and sines take as much shared memory as keys and values; two programs are to fit a processor
+        small = extend and kernel == "decode" and block_i == 16 and block_d <= 128
+        return Tile(min(block_i, 32), 32, 4, 3 if small else 2)
     return Tile(block_i, 64, 4, 4 if block_d <= 64 else 3)
 
 
