@@ -151,7 +151,8 @@ def _zones(pos_m, fronts, lo, n, P: tl.constexpr):
 def decode(
     q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, turn_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, penalty_ptr, dead_ptr,
     pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, pos_i_b, pos_j_b, turn_b, q_b, q_h, q_i, k_b, k_g, k_j, v_b, v_g, v_j,
-    out_r, out_b, out_h, out_i, lse_r, penalty_b, penalty_i, n, HALF: tl.constexpr, PLAIN: tl.constexpr, P: tl.constexpr,
+    out_r, out_b, out_h, out_i, lse_r, penalty_b, penalty_i, n,
+    SPLIT: tl.constexpr, HALF: tl.constexpr, PLAIN: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Output and base-2 log-sum-exp of one split of the keys: (r b h i d) by its strides, (r b h i)."""
     BM: tl.constexpr = P.block_i
@@ -159,7 +160,6 @@ def decode(
     BLOCK_D: tl.constexpr = P.block_d
     D: tl.constexpr = P.d
     GROUP: tl.constexpr = P.group
-    SPLIT: tl.constexpr = P.extend > 0 and HALF >= 16 and 2 * HALF == D and D == BLOCK_D
     r, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     tiles = (n.n_i * GROUP + BM - 1) // BM
     g = tl.program_id(1) // tiles
@@ -268,7 +268,7 @@ def merge(
 def count(
     q_ptr, k_ptr, far_q_ptr, turn_ptr, slope_ptr, carry_ptr, penalty_ptr, after_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr,
     pos_i_b, pos_j_b, turn_b, q_b, q_i, k_b, k_j, carry_b, penalty_b, penalty_i, after_b, after_u, head, skipped, n,
-    HALF: tl.constexpr, PLAIN: tl.constexpr, P: tl.constexpr,
+    SPLIT: tl.constexpr, HALF: tl.constexpr, PLAIN: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The penalty F (b i j) of every query, and the votes (b u j) after each but the first `skipped`; the carry moves on.
 
@@ -277,9 +277,6 @@ def count(
     """
     BI: tl.constexpr = P.block_i
     BJ: tl.constexpr = P.block_j
-    BLOCK_D: tl.constexpr = P.block_d
-    D: tl.constexpr = P.d
-    SPLIT: tl.constexpr = P.extend > 0 and HALF >= 16 and 2 * HALF == D and D == BLOCK_D
     ZONE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     j0, b = tl.program_id(0) * BJ, tl.program_id(1).to(tl.int64)
     j = j0 + tl.arange(0, BJ)

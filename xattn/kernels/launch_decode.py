@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from xattn.kernels import decode
+from xattn.kernels.call import Parts
 from xattn.kernels.launch import Inputs, Options, heads_last, numbers_of, parts_of
 from xattn.kernels.tiles import decode_tile
 
@@ -75,7 +76,8 @@ def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, 
     b, _, n_i, _ = x.q.shape
     n_j = x.k.shape[2]
     P = parts_of(x, o)
-    t = decode_tile("count", rows=n_i, block_d=P.block_d, itemsize=x.q.element_size(), extend=P.extend > 0)
+    split = _split(more, P)
+    t = decode_tile("count", rows=n_i, block_d=P.block_d, itemsize=x.q.element_size(), extend=P.extend > 0, split=split)
     P = P._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps, even=False)
     n = numbers_of(x, o)._replace(scale=o.scale, cap=o.cap)
     penalty = torch.empty(b, n_i, n_j, device=x.q.device, dtype=torch.float32)
@@ -87,7 +89,7 @@ def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, 
     decode.count[(-(-n_j // t.block_j), b)](
         x.q[:, head], x.k[:, g], far_q[:, head], *_at(x, more.turn, x.slopes), carry, penalty, mine, *_places(x, more),
         x.q.stride(0), x.q.stride(2), x.k.stride(0), x.k.stride(2), carry.stride(0), *penalty.stride()[:2], *mine.stride()[:2],
-        head, skipped, n, HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
+        head, skipped, n, SPLIT=split, HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return penalty
 
@@ -98,7 +100,8 @@ def _attend(x: Inputs, o: Options, more: Decoding, out: Tensor, penalty: Tensor 
     g, n_j = x.k.shape[1:3]
     P, n = parts_of(x, o), numbers_of(x, o)
     rows = n_i * P.group
-    t = decode_tile("decode", rows=rows, block_d=P.block_d, itemsize=x.q.element_size(), extend=P.extend > 0)
+    split = _split(more, P)
+    t = decode_tile("decode", rows=rows, block_d=P.block_d, itemsize=x.q.element_size(), extend=P.extend > 0, split=split)
     P = P._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps, even=False)
     tiles = g * -(-rows // t.block_i)
     # of keys in order only those within the window are visited
@@ -111,7 +114,7 @@ def _attend(x: Inputs, o: Options, more: Decoding, out: Tensor, penalty: Tensor 
     decode.decode[(r, tiles, b)](
         x.q, x.k, x.v, far_q, ahead_q, turn, part, lse, sink, slopes, *_at(x, penalty), dead, *_places(x, more),
         *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *part.stride()[:4], lse.stride(0), *penalty_at, n,
-        HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
+        SPLIT=split, HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     if r > 1:
         decode.merge[(n_i, h, b)](
@@ -128,6 +131,12 @@ def _at(x: Inputs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 def _half(more: Decoding) -> int:
     """Pairs that a key's rotation turns; 1 where nothing is turned here."""
     return 1 if more.turn is None else more.turn.shape[3]
+
+
+def _split(more: Decoding, parts: Parts) -> bool:
+    """Whether keys are turned as two halves: all of the head is turned, and fills its tile."""
+    half = _half(more)
+    return more.turn is not None and half >= 16 and 2 * half == parts.d == parts.block_d
 
 
 def _places(x: Inputs, more: Decoding) -> tuple[Tensor | int, ...]:

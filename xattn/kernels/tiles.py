@@ -64,8 +64,11 @@ def small(kernel: str, *, block_d: int, itemsize: int, extend: bool) -> dict[str
     return {"num_warps": 4, "num_stages": stages}
 
 
-def decode_tile(kernel: str, *, rows: int, block_d: int, itemsize: int, extend: bool) -> Tile:
-    """The tile of `decode`, whose rows are queries of all heads that share a key head, or of `count`; not yet measured."""
+def decode_tile(kernel: str, *, rows: int, block_d: int, itemsize: int, extend: bool, split: bool) -> Tile:
+    """The tile of `decode`, whose rows are queries of all heads that share a key head, or of `count`; not yet measured.
+
+    split: raw keys are turned as two halves.
+    """
     if kernel in _override:
         return _override[kernel]
     block_i = 16 if rows <= 16 or itemsize > 2 else 32 if rows <= 32 or kernel == "count" else 64
@@ -73,7 +76,7 @@ def decode_tile(kernel: str, *, rows: int, block_d: int, itemsize: int, extend: 
         return Tile(block_i, 32 if block_d <= 128 else 16, 4, 1)
     if extend or block_d > 128:
         # cosines and sines take as much shared memory as keys and values; two programs are to fit a processor
-        small = extend and kernel == "decode" and block_i == 16 and block_d <= 128
+        small = split and kernel == "decode" and block_i == 16 and block_d <= 128
         return Tile(min(block_i, 32), 32, 4, 3 if small else 2)
     return Tile(block_i, 64, 4, 4 if block_d <= 64 else 3)
 
