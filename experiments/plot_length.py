@@ -1,14 +1,18 @@
 """The pictures of evaluation: quality against length and against position, as trained and with each extension."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
-from xattn.experiments.figure import Looks, band, panels, variant_legend
+from xattn.experiments.figure import COLOURS, Looks, band, panels, variant_legend
 from xattn.experiments.gather import Estimate, Row, estimate, measure
 from xattn.experiments.judge import AS_TRAINED
 
 # Of an extension, beside the variant's colour.
 DASHES = ("-", "--", ":", "-.")
+# Extensions that one panel shows by dashes; where there are more, families of them get panels and each its own colour.
+_BY_DASHES, _BY_COLOUR = 7, 7
 # What a row's line is made of: place -> value of each seed.
 _Points = Callable[[Row, str], dict[float, dict[int, float]]]
 
@@ -58,18 +62,17 @@ def _buckets(by_length: dict[str, Any]) -> dict[float, float]:
 
 
 def _families(figure: Any, rows: Sequence[Row], looks: Looks, points: _Points, measured: str) -> Iterator[Any]:
-    """A panel of all rows as trained, and one for each row that was extended; every line is drawn. Yields the panels."""
+    """A panel of all rows as trained, and one or more for each row that was extended; every line is drawn. Yields the panels."""
     families = [(None, [(row, AS_TRAINED) for row in rows])]
-    families += [(row, [(row, name) for name in row.first["val_by_length"]]) for row in rows if _extended(row)]
+    families += [(row, [(row, name) for name in names]) for row in rows if _extended(row) for names in _panelled(row)]
     found = [(whose, [(row, name, points(row, name)) for row, name in lines]) for whose, lines in families]
     found = [(whose, kept) for whose, lines in found if (kept := [line for line in lines if len(line[2]) > 1])]
     for (whose, lines), ax in zip(found, panels(figure, [_title(whose) for whose, _ in found]), strict=True):
         for row, extension, by_place in lines:
             style = looks.line(row.name)
             if whose is not None:
-                place = list(row.first["val_by_length"]).index(extension)
                 label = "as trained" if extension == AS_TRAINED else extension
-                style |= {"label": label, "ls": DASHES[place % len(DASHES)], "ms": 3.5}
+                style |= {"label": label, "ms": 3.5} | _told_apart(row, [name for _, name, _ in lines].index(extension))
                 by_place = {place: _change(row, by_seed, measured) for place, by_seed in by_place.items()}
             band(ax, list(by_place), [_estimate(by_seed) for by_seed in by_place.values()], **style)
         ax.axvline(rows[0].runs[0].config.trainer.seq_len, color="#888888", lw=0.8, ls=(0, (2, 2)), zorder=0)
@@ -78,6 +81,31 @@ def _families(figure: Any, rows: Sequence[Row], looks: Looks, points: _Points, m
         yield ax
     if found:
         variant_legend(figure, looks, [row.name for row in rows], rule="trained length")
+
+
+def _panelled(row: Row) -> list[list[str]]:
+    """What each panel of an extended row shows; families, whose names differ in numbers, stay together."""
+    names = [name for name in row.first["val_by_length"] if name != AS_TRAINED]
+    if len(names) <= _BY_DASHES:
+        return [[AS_TRAINED, *names]]
+    shown: list[list[str]] = []
+    for _, family in groupby(names, key=lambda name: re.sub(r"_(w?\d.*|auto)$", "", name)):
+        members = list(family)
+        if shown and len(shown[-1]) + len(members) <= _BY_COLOUR:
+            shown[-1] += members
+        else:
+            shown.append(members)
+    return [[AS_TRAINED, *members] for members in shown]
+
+
+def _told_apart(row: Row, place: int) -> dict[str, Any]:
+    """The look of a panel's line; the first is the row as trained."""
+    if len(row.first["val_by_length"]) <= _BY_DASHES + 1:
+        return {"ls": DASHES[place % len(DASHES)]}
+    if place == 0:
+        return {"ls": "-", "zorder": 3}
+    colour = COLOURS[1 + (place - 1) % _BY_COLOUR]
+    return {"color": colour, "mfc": colour, "ls": DASHES[(place - 1) // _BY_COLOUR]}
 
 
 def _legend_above(ax: Any, lines: int) -> None:

@@ -15,6 +15,9 @@ from xattn.experiments.plot_task import paint_task
 from xattn.experiments.record import say
 from xattn.experiments.tables import MIB, pruned
 
+# inches of a picture that a caption does not fit into on one line, beside the legend
+_NARROW = 8.0
+
 
 def draw(rows: Sequence[Row], folder: Path, *, curves: dict[str, dict[str, Curve]] | None = None) -> list[tuple[str, str]]:
     """Draw every picture that the rows have numbers for. Returns (file name, caption) of those written.
@@ -62,6 +65,8 @@ def _picture(path: Path, caption: str, paint: Callable[[Any], bool]) -> bool:
     try:
         if not paint(figure):
             return False
+        if figure.get_size_inches()[0] < _NARROW:
+            caption = caption.replace(" (", "\n(")
         figure.suptitle(caption, x=0.012, ha="left", fontsize=11.5)
         figure.savefig(path)
         return True

@@ -10,6 +10,7 @@ Both are started in a checkout. The page's text is written by hand; what lies be
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from xattn import ConfigError
@@ -19,7 +20,8 @@ from xattn.experiments.gather import Row, find_runs, gather
 from xattn.experiments.plots import draw
 from xattn.experiments.record import say
 from xattn.experiments.report import markdown, notes
-from xattn.experiments.tables import tables
+from xattn.experiments.tables import NONE, Table, tables
+from xattn.experiments.task_tables import task_tables
 
 FINISHED, KEPT = Path("runs/study"), Path("benchmarks/results/study")
 PAGE, IMAGES = Path("docs/study.md"), Path("docs/images/study")
@@ -60,9 +62,12 @@ def _rounded(text: str) -> str:
 def page(text: str, *, kept: Path, images: Path) -> str:
     """The page with its blocks made anew; what has no results yet says so."""
     found = {name: rows_of(kept / name) for name in {match[3] for match in _BLOCK.finditer(text)} if (kept / name).is_dir()}
+    shown = {(match[3], match[4]) for match in _BLOCK.finditer(text) if match[2] == "plot"}
     for name, (rows, _) in found.items():
         (images / name).mkdir(parents=True, exist_ok=True)
-        draw(rows, images / name)
+        for file, _ in draw(rows, images / name):
+            if (name, file) not in shown:
+                (images / name / file).unlink()
 
     def block(match: re.Match[str]) -> str:
         kind, name, what = match[2], match[3], match[4] or ""
@@ -82,11 +87,20 @@ def rows_of(folder: Path) -> tuple[list[Row], float]:
 
 def _block(kind: str, what: str, rows: list[Row], tolerance: float, images: Path) -> str | None:
     if kind == "notes":
-        return "\n".join(f"- {line}" for line in notes(rows, param_tolerance=tolerance))
+        # a page is read anywhere: how this machine differs from the runs' says nothing
+        return "\n".join(f"- {line}" for line in notes(rows, param_tolerance=tolerance) if "than here" not in line)
     if kind == "plot":
         return f"![{what}](images/study/{images.name}/{what})" if (images / what).is_file() else None
-    table = next((table for table in tables(rows) if table.title.startswith(what)), None)
-    return None if table is None else markdown(table, title=False)
+    table = next((table for table in [*tables(rows), *task_tables(rows)] if table.title.startswith(what)), None)
+    return None if table is None else markdown(_told(table), title=False)
+
+
+def _told(table: Table) -> Table:
+    """The table without columns in which no row has anything to say."""
+    kept = [at for at in range(len(table.header)) if any(row[at] != NONE for row in table.cells)]
+    return replace(
+        table, header=[table.header[at] for at in kept], cells=[[row[at] for at in kept] for row in table.cells]
+    )
 
 
 def main() -> None:

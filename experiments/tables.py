@@ -11,7 +11,7 @@ from xattn.experiments.outcome import backend_summary
 from xattn.experiments.record import SEARCH, read_json
 
 MIB = 1024**2
-_NONE = "-"
+NONE = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def main_table(rows: Sequence[Row]) -> Table:
     cells = []
     for row in rows:
         if not row.done:
-            cells.append([row.name, *[_NONE] * (len(header) - 2), "no result: " + "; ".join(row.failures)])
+            cells.append([row.name, *[NONE] * (len(header) - 2), "no result: " + "; ".join(row.failures)])
             continue
         backend = backend_summary(row.first["backends"])
         right = [show(estimate(row.values("val", "accuracy").values()), "{:.3f}")] if answers else []
@@ -58,7 +58,7 @@ def _quality(row: Row, baseline: Row, judged: str) -> list[str]:
 def _cost(row: Row) -> list[str]:
     def mean(*path: str, unit: float = 1.0, form: str = "{:,.0f}") -> str:
         found = estimate(row.values(*path).values())
-        return form.format(found.mean / unit) if found else _NONE
+        return form.format(found.mean / unit) if found else NONE
 
     return [
         f"{row.first['params']:,}",
@@ -118,7 +118,7 @@ def decode_table(rows: Sequence[Row]) -> Table | None:
 
 def _decoded(row: Row, length: int, field: str, *, unit: float = 1.0, form: str = "{:,.0f}") -> str:
     found = estimate(row.values("decode", "by_length", str(length), field).values())
-    return form.format(found.mean / unit) if found else _NONE
+    return form.format(found.mean / unit) if found else NONE
 
 
 def budget_table(rows: Sequence[Row]) -> Table | None:
@@ -142,7 +142,7 @@ def _budget_cell(row: Row, name: str | None) -> str:
         ("kv_budgets", name, "ppl"), ("kv_budgets", name, "kv_bytes_per_token")
     )  # fmt: skip
     ppl, kv = (estimate(row.values(*place).values()) for place in (score, held))
-    return f"{ppl.mean:.3f} ({kv.mean:,.0f})" if ppl and kv else _NONE
+    return f"{ppl.mean:.3f} ({kv.mean:,.0f})" if ppl and kv else NONE
 
 
 def search_table(rows: Sequence[Row]) -> Table | None:
@@ -160,11 +160,11 @@ def search_table(rows: Sequence[Row]) -> Table | None:
         def mean(field: str, good: list[dict[str, Any]] = good) -> str:
             return show(estimate(entry[field] for entry in good), "{:.4f}").split(" ±")[0]
 
-        keys = " ".join(str(key) for key in good[0]["budgets"]) if good else _NONE
+        keys = " ".join(str(key) for key in good[0]["budgets"]) if good else NONE
         losses = [mean(f"{field}_nats") for field in ("baseline", "unpruned", "val")]
         why = "; ".join(sorted({entry["error"] for entry in entries if "error" in entry}))
         factor = show(estimate(entry["factor"] for entry in good), "{:.1f}x")
-        cells.append([name, factor, keys, *losses, str(len(good)), why or _NONE])
+        cells.append([name, factor, keys, *losses, str(len(good)), why or NONE])
     title = "Fewest keys for the baseline's loss: how many times fewer KV bytes (keys a layer: of the first seed)"
     return Table(title=title, header=header, cells=cells, left=("keys a layer", "not found"))
 
@@ -213,7 +213,7 @@ def _length_cell(row: Row, extension: str, length: int) -> str:
     place = ("val_by_length", extension, str(length))
     bpb, ppl = (estimate(row.values(*place, name).values()) for name in ("bpb", "ppl"))
     if ppl is None:
-        return _NONE
+        return NONE
     return f"{bpb.mean:.3f} ({ppl.mean:.2f})" if bpb is not None else f"{ppl.mean:.2f}"
 
 
@@ -224,13 +224,13 @@ def _passkey_cell(row: Row, extension: str, length: int) -> str:
     place = ("passkey", extension, str(length))
     found = [estimate(row.values(*place, depth, "accuracy").values()) for depth in by_depth]
     means = [value.mean for value in found if value is not None]
-    return f"{statistics.fmean(means):.2f} ({min(means):.2f})" if means else _NONE
+    return f"{statistics.fmean(means):.2f} ({min(means):.2f})" if means else NONE
 
 
 def show(value: Estimate | None, form: str, *, interval: bool = False) -> str:
     """`mean ± spread` over seeds, or, for a difference, `mean ± half the 95 % interval`."""
     if value is None:
-        return _NONE
+        return NONE
     text = form.format(value.mean)
     around = value.half_95 if interval else value.spread
     return text if around is None else f"{text} ± {form.format(around).lstrip('+')}"
