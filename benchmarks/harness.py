@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def provenance() -> dict[str, Any]:
-    """Where a figure comes from: commit (XATTN_COMMIT where the checkout has no history), machine, versions."""
+    """Where a figure comes from: commit (XATTN_COMMIT where a copy of the code has another history), machine, versions."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -32,7 +32,7 @@ def provenance() -> dict[str, Any]:
         commit, dirty = "", False
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "commit": commit + ("+changes" if dirty else "") if commit else os.environ.get("XATTN_COMMIT", ""),
+        "commit": os.environ.get("XATTN_COMMIT") or commit + ("+changes" if dirty else ""),
         "device": gpu or f"cpu {platform.machine()} x{os.cpu_count()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "triton", "x-transformers")} | _driver(),

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from xattn.cache.cache import Cache
 from xattn.cache.static import StaticCache
 from xattn.errors import ConfigError, ShapeError
-from xattn.ops.triton import decodes
 
 # steps that run before one is captured: kernels are compiled and libraries set up in them
 WARM_UP = 2
@@ -151,8 +150,7 @@ def is_static(asked: bool | None, net: nn.Module, *, cached: bool, steps: int) -
         ConfigError: asked for without a cache, or for a net with hooks.
     """
     if asked is None:
-        # the kernels of prefill, which stand in for an unchecked decode kernel, read tables that the host makes
-        pays = net.head_vm.device.type == "cuda" and decodes("cuda") and steps >= LEAST_STEPS
+        pays = net.head_vm.device.type == "cuda" and steps >= LEAST_STEPS
         return cached and pays and not hooked(net)
     if asked and not cached:
         raise ConfigError("static=True has no effect: cache_kv is False; set it or drop static")

@@ -33,9 +33,6 @@ SCRATCH_BYTES = 256 * 2**20
 LOG2E = 1.4426950408889634
 # without a gradient, so many queries or fewer go to the decode kernel
 DECODE_QUERIES = 16
-# The decode kernel has been compared with the definition under the interpreter, and compiled, but never run on a GPU: until
-# a run there has checked it, GPUs decode by the kernels of prefill, and carried votes go to another back-end.
-DECODES_ON_GPU = True
 _scratch_bytes = SCRATCH_BYTES
 
 
@@ -55,11 +52,6 @@ def lacks(device_type: str) -> str | None:
     return None if device_type == "cuda" else "needs a CUDA GPU"
 
 
-def decodes(device_type: str) -> bool:
-    """Whether few queries go to the decode kernel on such a device."""
-    return device_type == "cpu" or DECODES_ON_GPU
-
-
 def limits(call: "Call") -> list[str]:
     """Why this very call is out of the kernels' reach; empty: it is not."""
     reasons = [] if (lacking := lacks(call.device.type)) is None else [lacking]
@@ -69,8 +61,6 @@ def limits(call: "Call") -> list[str]:
     if d > MAX_WIDTH:
         reasons.append(f"takes dim_head up to {MAX_WIDTH}, not {d}")
     if call.carries:
-        if not decodes(call.device.type):
-            reasons.append("takes carried votes on a GPU only once its decode kernel has been checked on one (DECODES_ON_GPU)")
         if call.learns:
             reasons.append("takes carried votes forward only; call it under torch.no_grad()")
     elif call.spec.selection is not None:
@@ -99,7 +89,7 @@ def run(
     at = {"spec": spec, "layout_i": layout_i, "layout_j": layout_j, "sink_logits_h": sink_logits_h}
     if carry_bj is not None:
         return _carried(*given, **at, carry_bj=carry_bj, carry_rows=carry_rows)
-    few = layout_i.n <= DECODE_QUERIES and spec.selection is None and decodes(q_bhid.device.type)
+    few = layout_i.n <= DECODE_QUERIES and spec.selection is None
     if few and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*given, sink_logits_h))):
         return _decoded(*given, **at)[0]
     return with_lse(*given, **at)[0]
