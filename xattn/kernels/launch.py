@@ -3,6 +3,7 @@
 Letters: c columns of the scratch (keys of a chunk), t segments of queries.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -146,6 +147,8 @@ class _Call:
         self.dead, self.live, self.last, self.live_b = at(x.dead), (q, q), q, 0
         self.far = (at(x.far_q), at(x.ahead_q), at(x.far_k))
         self.slopes, self.sink = at(x.slopes), at(x.sink)
+        self._spaces: dict[int, Tensor] = {}
+        self._most_tiles = 0
         self.places = (at(x.pos_i), at(x.pos_j), at(x.doc_i), at(x.doc_j))
         self.by_query = (*self.places, at(x.walk_i), row(x.pos_i), row(x.pos_j), row(x.walk_i))
         self.by_key = (*self.places, at(x.walk_j), row(x.pos_i), row(x.pos_j), row(x.walk_j))
@@ -189,19 +192,35 @@ class _Call:
         return rows_before(min(y, self.n.blocks), self.n.blocks, width, by_keys=by_keys)
 
     def chunks(self, tile_bytes: int, *, by_keys: bool) -> tuple[tuple[int, int], ...]:
-        """Rows (or columns) of tiles, cut at segments so that a chunk's scratch fits the cap; one segment at least."""
+        """Rows (or columns) of tiles, cut at segments so that a chunk's scratch fits the cap; one segment at least.
+
+        What `scratch` gives from now on lies, chunk after chunk, in one place that is large enough for the largest: chunks differ
+        a little in size, and an allocator would keep a block for each.
+        """
         width = self.n.width if self.parts.band else 0
-        return _chunks(self.n.blocks, width, tile_bytes * self.n.batch, self.o.scratch_bytes, by_keys=by_keys)
+        chunks = _chunks(self.n.blocks, width, tile_bytes * self.n.batch, self.o.scratch_bytes, by_keys=by_keys)
+        self._spaces = {}
+        self._most_tiles = max(self._tiles(first, last, by_keys=by_keys) for first, last in chunks)
+        return chunks
+
+    def _tiles(self, first: int, last: int, *, by_keys: bool) -> int:
+        return self.tiles_before(last, by_keys=by_keys) - self.tiles_before(first, by_keys=by_keys)
 
     def shares(self, rows: int) -> int:
         """Programs among which the keys of one block of queries are shared out, so that a small chunk fills the GPU."""
         programs = rows * self.n.batch * self.n.heads // _pair(self)
         return max(1, min(_PROGRAMS // programs, self.n.blocks // 32, 16))
 
-    def scratch(self, first: int, last: int, *, by_keys: bool, dtype: torch.dtype, slices: int = 1) -> Tensor:
-        """Uninitialised tiles (slices, b, numbers) of the rows from first to last."""
-        tiles = self.tiles_before(last, by_keys=by_keys) - self.tiles_before(first, by_keys=by_keys)
-        return torch.empty(slices, self.n.batch, (tiles + 2 * SPARE) * 4096, device=self.x.q.device, dtype=dtype)
+    def scratch(self, first: int, last: int, *, by_keys: bool, dtype: torch.dtype, slices: int = 0) -> Tensor:
+        """Uninitialised tiles (slices, b, numbers) of the rows from first to last, a chunk; the next chunk's take their place.
+
+        slices: of dS; 0 for the one of F.
+        """
+        shape = (max(slices, 1), self.n.batch)
+        most, mine = ((tiles + 2 * SPARE) * 4096 for tiles in (self._most_tiles, self._tiles(first, last, by_keys=by_keys)))
+        if slices not in self._spaces:
+            self._spaces[slices] = torch.empty(math.prod(shape) * most, device=self.x.q.device, dtype=dtype)
+        return self._spaces[slices][: math.prod(shape) * mine].view(*shape, mine)
 
     @property
     def penalty_dtype(self) -> torch.dtype:
