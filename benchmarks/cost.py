@@ -27,6 +27,7 @@ from typing import Any
 import gpu
 import torch
 from harness import RESULTS, Rows, read_rows
+from picture import against_length, save
 from torch import Tensor
 from train_step import VOCABULARY, ours, theirs
 
@@ -54,9 +55,10 @@ OOM = "out of memory"
 
 def cells(lengths: tuple[int, ...]) -> list[tuple[str, int]]:
     """Every cell, shortest first, so that a run that is cut off has whole lengths; what is compiled, which takes long, early."""
-    found = [(name, n) for n in lengths for name, (_, compiled) in MODELS.items() if not compiled]
-    slow = [(name, n) for n in lengths for name, (_, compiled) in MODELS.items() if compiled and n in COMPILED_LENGTHS]
-    return found[: len(MODELS)] + slow + found[len(MODELS) :]
+    eager = [name for name, (_, compiled) in MODELS.items() if not compiled]
+    slow = [(name, n) for n in lengths for name in MODELS if name not in eager and n in COMPILED_LENGTHS]
+    first, *others = ([(name, n) for name in eager] for n in lengths)
+    return [*first, *slow, *(cell for length in others for cell in length)]
 
 
 def step_of(name: str, n: int, *, dry: bool) -> Callable[[], Tensor]:
@@ -181,18 +183,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> bool:
             gone = sorted(n for n, row in line.items() if row.get("note") == OOM)
             if gone:
                 axes.plot(gone[0], found[-1][1] * 2, marker="x", ms=8, mew=2, color=colours[place], ls="none")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        ticks = sorted({row["n"] for row in rows})
-        axes.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("tokens (x: out of memory)")
-        axes.grid(alpha=0.25, lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        against_length(axes, sorted({row["n"] for row in rows}), title=title, label="tokens (x: out of memory)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
-    plt.close(figure)
+    save(figure, file)
     return True
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, ROOT, read_rows
+from picture import against_length, save
 from table import CUDNN, FA2, OURS, XT_COMPILED
 
 # Okabe and Ito's colours, told apart by colour-blind readers too: (peer, selective) -> label, colour, dashes, marker, width
@@ -47,7 +48,6 @@ def draw(rows: list[dict[str, Any]], file: Path) -> bool:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
 
     lines = {key: line for key, line in points(rows).items() if key in LINES}
     lengths = sorted({n for line in lines.values() for n in line})
@@ -69,24 +69,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> bool:
                 axes.plot(lost[0], value * step**2, marker="x", color=colour, ms=8, mew=2)
                 axes.annotate("out of memory", (lost[0], value * step**2), xytext=(-8, 0), textcoords="offset points",
                               ha="right", va="center", fontsize=8, color=colour)  # fmt: skip
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(lengths, [str(n) if n < 1024 else f"{n // 1024}k" for n in lengths])
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.minorticks_off()
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("sequence length N (batch 1, 8 heads of 64, bf16)")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
+        against_length(axes, lengths, title=title, label="sequence length N (batch 1, 8 heads of 64, bf16)")
     handles, labels = panels[0].get_legend_handles_labels()
     panels[0].legend(handles, labels, frameon=False, fontsize=9, loc="upper left")
     newest = next(row for row in reversed(rows) if row.get("section") == "scaling")
     versions = newest.get("versions", {})
     source = f"{newest['device']}, torch {versions.get('torch')}, Triton {versions.get('triton')}"
     figure.supxlabel(source, fontsize=8, color="#666666")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
-    plt.close(figure)
+    save(figure, file)
     return True
 
 

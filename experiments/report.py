@@ -13,8 +13,11 @@ from xattn.experiments.record import provenance, say, write_json, write_text
 from xattn.experiments.tables import Table
 
 
-def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
-    """What every reader needs to read the tables, and what the tables left out."""
+def notes(rows: Sequence[Row], *, param_tolerance: float, anywhere: bool = False) -> list[str]:
+    """What every reader needs to read the tables, and what the tables left out.
+
+    anywhere: they are read on other machines too, so how this one differs from the runs' says nothing.
+    """
     done = [row for row in rows if row.done]
     if not done:
         return ["No run completed."]
@@ -43,7 +46,7 @@ def notes(rows: Sequence[Row], *, param_tolerance: float) -> list[str]:
         )
     if any(row.first.get("decode") for row in done):
         lines.append("Decoding: from a fresh process, weights and cache included, not compiled.")
-    lines += [*_noise(rows), *_machines(done)]
+    lines += [*_noise(rows), *_machines(done, None if anywhere else provenance())]
     for row in done:
         decode = row.first.get("decode") or {}
         stopped = [decode["error"]] if "error" in decode else _errors(decode.get("by_length", {}))
@@ -67,17 +70,17 @@ def _noise(rows: Sequence[Row]) -> list[str]:
     return [f"Noise floor ({label}): standard deviation of {rows[0].name} over {own.seeds} seeds: {own.spread:.4f}{paired}."]
 
 
-def _machines(done: Sequence[Row]) -> list[str]:
-    """Warnings where runs came from different machines or versions, or from others than this report."""
+def _machines(done: Sequence[Row], here: dict[str, Any] | None) -> list[str]:
+    """Warnings where runs came from different machines or versions, or from others than the report's."""
     results = [run.result for row in done for run in row.done]
-    now, lines = provenance(), []
+    lines = []
     for what, read in _ORIGINS.items():
         seen = list(dict.fromkeys(str(read(result)) for result in results))
         if len(seen) > 1:
             lines.append(f"Warning: these runs differ in {what}: {', '.join(seen)}.")
-        elif seen[0] != str(read(now)):
+        elif here is not None and seen[0] != str(read(here)):
             lines.append(
-                f"Warning: another {what} than here: the runs {seen[0]}, this report {read(now)}; times cannot be compared."
+                f"Warning: another {what} than here: the runs {seen[0]}, this report {read(here)}; times cannot be compared."
             )
     return lines
 

@@ -87,8 +87,7 @@ def rows_of(folder: Path) -> tuple[list[Row], float]:
 
 def _block(kind: str, what: str, rows: list[Row], tolerance: float, images: Path) -> str | None:
     if kind == "notes":
-        # a page is read anywhere: how this machine differs from the runs' says nothing
-        return "\n".join(f"- {line}" for line in notes(rows, param_tolerance=tolerance) if "than here" not in line)
+        return "\n".join(f"- {line}" for line in notes(rows, param_tolerance=tolerance, anywhere=True))
     if kind == "plot":
         return f"![{what}](images/study/{images.name}/{what})" if (images / what).is_file() else None
     table = next((table for table in [*tables(rows), *task_tables(rows)] if table.title.startswith(what)), None)
