@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from xattn import ConfigError
-from xattn.experiments.data import Batch, Corpus, batches, task_blocks
+from xattn.experiments.data import Batch, Corpus, batches, equal_parts, task_blocks
 from xattn.experiments.device import evaluating
 from xattn.experiments.schema import EvalConfig
 
@@ -54,10 +54,8 @@ def score_answers(nll_bn: torch.Tensor, right_bn: torch.Tensor, blocks: Batch) -
 
 def score_answer_positions(nll_bn: torch.Tensor, right_bn: torch.Tensor, blocks: Batch, *, buckets: int) -> list[dict[str, Any]]:
     """As `score_positions`, over the answers, with their accuracy; a part without answers is left out."""
-    n = nll_bn.shape[1]
-    edges = sorted({round(k * n / buckets) for k in range(buckets + 1)})
     counts_bn, found = blocks.counts_bn[:, 1:], []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in equal_parts(nll_bn.shape[1], buckets):
         if answers := int(counts_bn[:, low:high].sum()):
             loss, accuracy = (float(t[:, low:high].sum()) / answers for t in (nll_bn, right_bn))
             found.append({"first": low, "last": high - 1, "loss_nats": loss, "accuracy": accuracy})

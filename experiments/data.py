@@ -6,6 +6,7 @@ Letters: b batch, n sequence. Where texts come from is in sources.py, how they b
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -191,3 +192,9 @@ class Seen:
             if tensor is not None:
                 chain.update(tensor.numpy().tobytes())
         self.digest = chain.hexdigest()
+
+
+def equal_parts(n: int, count: int) -> list[tuple[int, int]]:
+    """n places in `count` parts, of one size but for rounding, each from low to before high; fewer where n is less."""
+    edges = sorted({round(k * n / count) for k in range(count + 1)})
+    return list(pairwise(edges))

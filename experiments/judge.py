@@ -13,7 +13,7 @@ import torch
 import xattn
 from xattn import ConfigError
 from xattn.experiments.answers import answer_scores, judge_task, score_answers
-from xattn.experiments.data import Batch, Corpus, batches, eval_blocks
+from xattn.experiments.data import Batch, Corpus, batches, equal_parts, eval_blocks
 from xattn.experiments.device import evaluating
 from xattn.experiments.passkey import retrieve
 from xattn.experiments.schema import EvalConfig
@@ -116,11 +116,9 @@ def score(nll_bn: torch.Tensor, targets_bn: torch.Tensor, corpus: Corpus) -> dic
 
 def score_positions(nll_bn: torch.Tensor, *, buckets: int) -> list[dict[str, Any]]:
     """Mean nats in `buckets` equal parts of the length; positions `first` to `last`, 0 being the first prediction."""
-    n = nll_bn.shape[1]
-    edges = sorted({round(k * n / buckets) for k in range(buckets + 1)})
     return [
         {"first": low, "last": high - 1, "loss_nats": float(nll_bn[:, low:high].mean())}
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in equal_parts(nll_bn.shape[1], buckets)
     ]
 
 
