@@ -118,7 +118,8 @@ def gpu_step(name: str, seq_len: int, *, dry: bool) -> tuple[Callable[[], Tensor
     torch.manual_seed(0)
     sizes, tokens = (DRY_SIZES, DRY_TOKENS) if dry else (GPU_SIZES, GPU_TOKENS)
     model = VARIANTS[name](seq_len, sizes=sizes).to(gpu.device())
-    run = model if dry else torch.compile(model, dynamic=False)
+    # a graph that broke would cost us the host's time at every layer
+    run = model if dry else torch.compile(model, dynamic=False, fullgraph=name.startswith("xattn"))
     optim = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     ids = torch.randint(0, VOCABULARY, (tokens // seq_len, seq_len + 1), device=gpu.device())
 

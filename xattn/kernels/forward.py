@@ -8,49 +8,99 @@ import triton.language as tl
 
 from xattn.kernels.scratch import penalty
 from xattn.kernels.stages import (
-    BOTH,
+    AHEAD,
     FAR,
     LOG2E,
     NEAR,
     allowed,
-    logits,
     modify,
     normalise,
+    product,
     put_rows,
+    reaches,
     rows,
     stand,
     subtract,
     weigh,
+    within,
 )
 from xattn.kernels.walk import edge, edges, keys_of
 
 
 @triton.jit
-def _step(state, q, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr):
-    """The five stages over one tile of keys."""
+def _step(state, q_id, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr):
+    """The five stages over one tile of keys; where MASK, pairs out of the zone count as not seen."""
     BJ: tl.constexpr = P.block_j
     acc_id, total_i, top_i = state
     pos_i, doc_i, slope, qb, dead = i_at
-    k_ptr, far_k_ptr, v_ptr, scratch_ptr, pos_ptr, doc_ptr = keys
+    k_ptr, v_ptr, scratch_ptr, pos_ptr, doc_ptr = keys
     row = tl.arange(0, BJ)
-    k_at = tl.cast(j0, tl.int64) * k_j
-    k_jd = q[0]
-    far_k_jd = q[0]
-    if ZONE != FAR:
-        k_jd = rows(k_ptr + k_at, row, k_j, n.n_j - j0, MASK, P)
-    if ZONE != NEAR:
-        far_k_jd = rows(far_k_ptr + k_at, row, k_j, n.n_j - j0, MASK, P)
+    k_jd = rows(k_ptr + tl.cast(j0, tl.int64) * k_j, row, k_j, n.n_j - j0, MASK, P)
     pos_j, doc_j = stand(pos_ptr, doc_ptr, j0 + row, n.n_j, P)
     pos_j, doc_j = pos_j[None, :], doc_j[None, :]
 
-    sim_ij = logits(q, (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, False, P)
-    sim_ij, _ = modify(sim_ij, pos_i, pos_j, slope, n, P)
+    sim_ij, _ = modify(product(q_id, k_jd, False) * n.scale, pos_i, pos_j, slope, n, P)
     if P.select:
         sim_ij = subtract(sim_ij, penalty(scratch_ptr, qb, j0 // 64, n, False, P), dead, P)
     if MASK:
-        sim_ij = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), sim_ij, float("-inf"))
+        ok = allowed(pos_i, pos_j, doc_i, doc_j, n, P)
+        if P.extend > 0:
+            ok = ok & within(pos_i - pos_j, n, ZONE, P)
+        sim_ij = tl.where(ok, sim_ij, float("-inf"))
     v_jd = rows(v_ptr + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, MASK, P)
     return weigh(acc_id, total_i, top_i, sim_ij, v_jd, MASK)
+
+
+@triton.jit
+def _edge(state, q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr):
+    """A tile that may lie in any zone: with Self-Extend, passed over where none of its pairs lies in this one."""
+    acc, total, top = state
+    if P.extend > 0:
+        BI: tl.constexpr = P.block_i
+        BJ: tl.constexpr = P.block_j
+        if P.stored:
+            # an empty slot stands at -1, as if before all: it can only make a tile visited
+            pos_j, _ = stand(keys[3], keys[4], j0 + tl.arange(0, BJ), n.n_j, P)
+            touched = reaches(tl.min(i_at[0]), tl.max(i_at[0]), tl.min(pos_j), tl.max(pos_j), n, ZONE, P)
+        else:
+            touched = reaches(i0, i0 + BI - 1, j0, j0 + BJ - 1, n, ZONE, P)
+        if touched:
+            acc, total, top = _step((acc, total, top), q_id, i_at, keys, k_j, v_j, j0, n, ZONE, True, P)
+    else:
+        acc, total, top = _step((acc, total, top), q_id, i_at, keys, k_j, v_j, j0, n, ZONE, MASK, P)
+    return acc, total, top
+
+
+@triton.jit
+def _zone(state, q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, ZONE: tl.constexpr, P: tl.constexpr):
+    """All keys of one zone of Self-Extend; without it, all keys."""
+    BJ: tl.constexpr = P.block_j
+    acc, total, top = state
+    if P.skip:
+        # the segment's own keys first: each query sees itself, so no later tile can leave it without a finite maximum
+        for j0 in tl.range(i0 // 128 * 128, walk[7], BJ, num_stages=1):
+            acc, total, top = _edge((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE, True, P)
+        MASK: tl.constexpr = P.window or P.stored
+        # the next number is loaded a step ahead: the pipeline would spend one of its stages on it
+        ahead = tl.load(live_ptr)
+        for step in range(0, tl.load(count_ptr)):
+            j0 = ahead * 64
+            ahead = tl.load(live_ptr + step + 1)
+            acc, total, top = _edge((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE, MASK, P)
+    else:
+        for step in tl.range(0, edges(walk, BJ, P), num_stages=1):
+            j0 = edge(step, walk, BJ, P)
+            acc, total, top = _edge((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE, True, P)
+        lo, hi = walk[3], walk[6]
+        if P.extend == 1:
+            if ZONE == FAR:
+                hi = walk[4]
+            else:
+                lo = walk[5]
+        if ZONE != AHEAD:
+            for j0 in range(lo, hi, BJ):
+                acc, total, top = _step((acc, total, top), q_id, i_at, keys, k_j, v_j, j0, n, ZONE, False, P)
+    return acc, total, top
 
 
 @triton.jit(do_not_specialize=["n", "first_block"])
@@ -74,19 +124,11 @@ def forward(
     i0 = block * BI
     row = tl.arange(0, BI)
     q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
-    q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
-    far_q_id = q_id
-    ahead_q_id = q_id
-    if P.extend > 0:
-        far_q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
-    if P.extend == 2:
-        ahead_q_id = rows(ahead_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
-    q = (q_id, far_q_id, ahead_q_id)
     k_at = b * k_b + h // GROUP * k_g
-    keys = (
-        k_ptr + k_at, far_k_ptr + k_at, v_ptr + b * v_b + h // GROUP * v_g, scratch_ptr + b * scratch_b,
-        pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b,
-    )  # fmt: skip
+    v_ptr += b * v_b + h // GROUP * v_g
+    scratch_ptr += b * scratch_b
+    pos_j_ptr += b * pos_j_b
+    doc_j_ptr += b * pos_j_b
     pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i0 + row, n.n_i, P)
     slope = 0.0
     if P.alibi:
@@ -100,31 +142,21 @@ def forward(
     total = tl.zeros([BI], tl.float32)
     top = tl.full([BI], float("-inf"), tl.float32)
     walk = keys_of(block, walk_ptr + b * walk_b, n, P)
-    in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
-    EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     if P.skip:
-        # the segment's own keys first: each query sees itself, so no later tile can leave it without a finite maximum
         segment = i0 // 128
-        for j0 in tl.range(segment * 128, walk[7], BJ, num_stages=1):
-            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, True, P)
         live_ptr += b * live_b + segment * n.blocks
-        MASK: tl.constexpr = P.window or P.stored
-        # the next number is loaded a step ahead: the pipeline would spend one of its stages on it
-        ahead = tl.load(live_ptr)
-        for step in range(0, tl.load(count_ptr + b * (live_b // n.blocks) + segment)):
-            j0 = ahead * 64
-            ahead = tl.load(live_ptr + step + 1)
-            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, MASK, P)
-    else:
-        for step in tl.range(0, edges(walk, BJ, P), num_stages=1):
-            j0 = edge(step, walk, BJ, P)
-            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, EDGE, True, P)
-        if P.extend == 1:
-            for j0 in range(in_lo, mid_lo, BJ):
-                acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, FAR, False, P)
-            in_lo = mid_hi
-        for j0 in range(in_lo, in_hi, BJ):
-            acc, total, top = _step((acc, total, top), q, i_at, keys, k_j, v_j, j0, n, NEAR, False, P)
+        count_ptr += b * (live_b // n.blocks) + segment
+    # one zone after another, each with its own queries and keys: two at once would take the room of a stage of the pipeline
+    q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+    keys = (k_ptr + k_at, v_ptr, scratch_ptr, pos_j_ptr, doc_j_ptr)
+    acc, total, top = _zone((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, NEAR, P)
+    if P.extend > 0:
+        keys = (far_k_ptr + k_at, v_ptr, scratch_ptr, pos_j_ptr, doc_j_ptr)
+        q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+        acc, total, top = _zone((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, FAR, P)
+        if P.extend == 2:
+            q_id = rows(ahead_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
+            acc, total, top = _zone((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, AHEAD, P)
 
     sink = 0.0
     if P.sink_logits:

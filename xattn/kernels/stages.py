@@ -8,10 +8,11 @@ way, [i, j] or [j, i]: positions come shaped to broadcast, (i 1) against (1 j), 
 import triton
 import triton.language as tl
 
-# Which dot products a tile of Self-Extend needs: exact distances only, grouped ones only, or both.
+# Which dot products a tile of Self-Extend needs: exact distances only, grouped ones only, or both; grouped ones for keys ahead.
 NEAR = tl.constexpr(0)
 FAR = tl.constexpr(1)
 BOTH = tl.constexpr(2)
+AHEAD = tl.constexpr(3)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -159,6 +160,34 @@ def allowed(pos_i, pos_j, doc_i, doc_j, n, P: tl.constexpr):
         ok = ok & seen
     if P.docs:
         ok = ok & (doc_i == doc_j)
+    return ok
+
+
+@triton.jit
+def within(apart, n, ZONE: tl.constexpr, P: tl.constexpr):
+    """Whether queries `apart` from keys lie in one zone of Self-Extend."""
+    if ZONE == FAR:
+        ok = apart >= n.near
+    elif ZONE == AHEAD:
+        ok = apart <= -n.near
+    else:
+        ok = apart < n.near
+        if P.extend == 2:
+            ok = ok & (apart > -n.near)
+    return ok
+
+
+@triton.jit
+def reaches(low_i, high_i, low_j, high_j, n, ZONE: tl.constexpr, P: tl.constexpr):
+    """Whether some pair of a tile may lie in a zone, by the smallest and largest positions of either side."""
+    if ZONE == FAR:
+        ok = high_i - low_j >= n.near
+    elif ZONE == AHEAD:
+        ok = high_j - low_i >= n.near
+    else:
+        ok = low_i - high_j < n.near
+        if P.extend == 2:
+            ok = ok & (low_j - high_i < n.near)
     return ok
 
 

@@ -21,7 +21,7 @@ _HALF: dict[tuple[str, str], tuple[Tile, Tile, Tile]] = {
     ("forward", "plain"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     ("forward", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     ("forward", "select"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
-    ("forward", "extend"): (Tile(64, 32, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+    ("forward", "extend"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "plain"): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "window"): (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "select"): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
@@ -45,7 +45,7 @@ def tile(kernel: str, *, block_d: int, itemsize: int, select: bool, extend: bool
     width = 0 if block_d <= 64 else 1 if block_d <= 128 else 2
     if itemsize > 2:
         return (_SINGLE_SELECT if select else _SINGLE)[width]
-    if select and extend:
+    if select and extend and kernel != "forward":
         # both scratch and a second copy of keys: the tiles that the scratch comes in, and no deep pipeline
         return Tile(64, 64, 4 if width == 0 else 8, 2 if width == 0 else 1)
     kind = "select" if select else "extend" if extend else "window" if window else "plain"

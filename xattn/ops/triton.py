@@ -34,6 +34,8 @@ LOG2E = 1.4426950408889634
 # without a gradient, so many queries or fewer go to the decode kernel
 DECODE_QUERIES = 16
 _scratch_bytes = SCRATCH_BYTES
+# asked once, here: inside a function torch.compile would break its graph at the question
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -43,7 +45,7 @@ def interpreted() -> bool:
 
 def lacks(device_type: str) -> str | None:
     """What the machine, or a device of that type, lacks to run the kernels; None: nothing."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "needs the package triton; pip install triton"
     if interpreted():
         return None if device_type == "cpu" else "runs on the CPU only while TRITON_INTERPRET=1"
