@@ -1,5 +1,6 @@
 """The tables of a comparison, as text cells: what each variant costs and buys, beyond its length too, and what it finds there."""
 
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -162,11 +163,19 @@ def search_table(rows: Sequence[Row]) -> Table | None:
 
         keys = " ".join(str(key) for key in good[0]["budgets"]) if good else NONE
         losses = [mean(f"{field}_nats") for field in ("baseline", "unpruned", "val")]
-        why = "; ".join(sorted({entry["error"] for entry in entries if "error" in entry}))
+        why = _causes([entry["error"] for entry in entries if "error" in entry])
         factor = show(estimate(entry["factor"] for entry in good), "{:.1f}x")
         cells.append([name, factor, keys, *losses, str(len(good)), why or NONE])
     title = "Fewest keys for the baseline's loss: how many times fewer KV bytes (keys a layer: of the first seed)"
     return Table(title=title, header=header, cells=cells, left=("keys a layer", "not found"))
+
+
+def _causes(errors: Sequence[str]) -> str:
+    """The first of all errors that differ in their numbers alone, and how many there were of each."""
+    alike: dict[str, list[str]] = {}
+    for error in errors:
+        alike.setdefault(re.sub(r"\d+(\.\d+)?", "#", error), []).append(error)
+    return "; ".join(same[0] + (f" (and {len(same) - 1} more like it)" if same[1:] else "") for same in alike.values())
 
 
 def lr_table(rows: Sequence[Row]) -> Table | None:

@@ -264,6 +264,7 @@ def test_cached_models_go_on_through_the_kernels(flags: dict[str, Any]) -> None:
     assert error(got, right) <= FORWARD * max(error(single, right), 1e-7)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while it compiles
 def test_compiled_whole_it_gives_the_same() -> None:
     spec = spec_of(attn_selective=True, kv_heads=1, rotary_pos_emb=True)
     given = {name: t.float() for name, t in tensors(spec, 40, device=DEVICE).items()}

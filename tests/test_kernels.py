@@ -305,6 +305,7 @@ def test_strided_inputs_are_taken_as_they_are() -> None:
     assert attend(*turned, spec=spec, backend="triton").equal(plain)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("flags", [{}, {"attn_selective": True, "sliding_window": 20, "kv_heads": 1}], ids=str)
 def test_compiled_whole_it_gives_the_same_output_and_gradients(flags: dict[str, Any]) -> None:
     spec = spec_of(rotary_pos_emb=True, **flags)

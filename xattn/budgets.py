@@ -77,7 +77,7 @@ def search_budgets(
         start = [ids_bn.shape[1] if on else None for on in selective]
         loss = search.evaluate(start)
         if loss > target:
-            raise ConfigError(f"target={target} is below the loss without pruning, {loss:.4f}; give one above it")
+            raise ConfigError(f"target={target:.4f} is below the loss without pruning, {loss:.4f}; give one above it")
         state["steps"].append({"budgets": start, "loss": loss})
         search.keep()
         say(f"budgets: loss {loss:.4f} without pruning, target {target:.4f}")

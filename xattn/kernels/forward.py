@@ -124,11 +124,12 @@ def forward(
     i0 = block * BI
     row = tl.arange(0, BI)
     q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
+    q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
     k_at = b * k_b + h // GROUP * k_g
-    v_ptr += b * v_b + h // GROUP * v_g
-    scratch_ptr += b * scratch_b
-    pos_j_ptr += b * pos_j_b
-    doc_j_ptr += b * pos_j_b
+    keys = (
+        k_ptr + k_at, v_ptr + b * v_b + h // GROUP * v_g, scratch_ptr + b * scratch_b, pos_j_ptr + b * pos_j_b,
+        doc_j_ptr + b * pos_j_b,
+    )  # fmt: skip
     pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i0 + row, n.n_i, P)
     slope = 0.0
     if P.alibi:
@@ -147,11 +148,9 @@ def forward(
         live_ptr += b * live_b + segment * n.blocks
         count_ptr += b * (live_b // n.blocks) + segment
     # one zone after another, each with its own queries and keys: two at once would take the room of a stage of the pipeline
-    q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
-    keys = (k_ptr + k_at, v_ptr, scratch_ptr, pos_j_ptr, doc_j_ptr)
     acc, total, top = _zone((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, NEAR, P)
     if P.extend > 0:
-        keys = (far_k_ptr + k_at, v_ptr, scratch_ptr, pos_j_ptr, doc_j_ptr)
+        keys = (far_k_ptr + k_at, keys[1], keys[2], keys[3], keys[4])
         q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
         acc, total, top = _zone((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, FAR, P)
         if P.extend == 2:
