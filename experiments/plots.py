@@ -108,7 +108,7 @@ def paint_kv_bytes(figure: Any, rows: Sequence[Row], looks: Looks) -> bool:
     """A point a variant, and for one that was pruned a line from all its keys down its budgets; False where none was pruned."""
     if not any("error" not in entry for row in rows for entry in pruned(row).values()):
         return False
-    (ax,) = panels(figure, ["KV cache of one sequence of the trained length, predicted"])
+    (ax,) = panels(figure, ["predicted, one sequence of the trained length"])
     for row in rows:
         whole = (("memory", "kv_bytes_per_token"), ("val", "ppl"))
         places = [whole, *((("kv_budgets", b, "kv_bytes_per_token"), ("kv_budgets", b, "ppl")) for b in pruned(row))]
