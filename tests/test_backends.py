@@ -32,7 +32,7 @@ from torch import Tensor
 
 from xattn.errors import ConfigError, UnsupportedFeature
 from xattn.nn.layers import Decoder, Encoder
-from xattn.ops import sdpa
+from xattn.ops import sdpa, triton
 from xattn.ops.attention import attend
 from xattn.ops.backends import BACKENDS, Backend, choose, dense_limit, order, rejected, resolve
 from xattn.ops.layout import Layout
@@ -490,6 +490,19 @@ def test_a_named_back_end_refuses_with_every_missing_feature_and_who_could(backe
             assert all(name in told for name in [backend.name, *missing]), told
             assert any(name in told.replace(f"'{backend.name}'", "") for name in able), f"who could? {told}"
     assert refused or backend.supports is None
+
+
+def test_whether_triton_is_installed_is_not_asked_while_a_call_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 cannot trace through the question, and would break the graph at every attention."""
+
+    def asked(*_: object) -> None:
+        raise AssertionError("find_spec was called")
+
+    monkeypatch.setattr("importlib.util.find_spec", asked)
+    for device in ("cpu", "cuda"):
+        rejected(CASES["plain"].spec, device_type=device)
+    monkeypatch.setattr(triton, "_INSTALLED", False)
+    assert "pip install triton" in rejected(CASES["plain"].spec)["triton"]
 
 
 def test_auto_never_picks_a_back_end_that_lacks_a_feature() -> None:

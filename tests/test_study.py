@@ -10,6 +10,7 @@ import torch
 import xattn
 from xattn.experiments import compare, compose, record, study
 from xattn.experiments.schema import TrainerConfig
+from xattn.experiments.tables import _causes
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(path.stem for path in (ROOT / "configs" / "sweep" / "study").glob("*.yaml") if path.stem != "base")
@@ -138,3 +139,9 @@ def test_cost_is_drawn_with_a_cross_where_memory_ran_out(tmp_path: Path, monkeyp
     rows.append({"model": "xattn dense", "n": 4096, "note": cost.OOM})
     assert cost.draw(rows, tmp_path / "cost.png") and not cost.draw(rows[2:], tmp_path / "none.png")
     assert {name for name, _ in cost.cells(cost.LENGTHS)} == set(cost.MODELS)
+
+
+def test_errors_that_differ_in_numbers_alone_are_told_once() -> None:
+    errors = ["target=4.5 is below 4.57", "no layer", "target=4.6 is below 4.61"]
+    assert _causes(errors) == "target=4.5 is below 4.57 (and 1 more like it); no layer"
+    assert _causes([]) == ""
