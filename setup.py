@@ -34,7 +34,7 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "setuptools>=70", "wheel", "tokenizers>=0.20", "tensorboard>=2.18"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "setuptools>=70", "wheel", "tokenizers>=0.20", "tensorboard>=2.18"],
         "tensorboard": ["tensorboard>=2.18"],
         "data": ["datasets>=3", "tokenizers>=0.20", "tiktoken>=0.8"],
         "sweep": ["hydra-submitit-launcher>=1.2", "hydra-optuna-sweeper>=1.2"],

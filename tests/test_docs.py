@@ -33,7 +33,7 @@ def test_warning_quoted_in_the_readme_is_the_one_given(tmp_path):
 
 
 def test_ci_runs_exactly_the_readmes_test_command():
-    command = "pip install -e '.[test]' && pytest"
+    command = "pip install -e '.[test]' && pytest -n 2"
     assert f"```bash\n{command}\n```" in README
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
