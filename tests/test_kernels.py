@@ -293,6 +293,17 @@ def test_the_log_sum_exp_is_right_and_can_be_differentiated() -> None:
         assert all(error(a, b) < 1e-5 * float(b.abs().max()) for a, b in zip(got_grads, want_grads, strict=True))
 
 
+def test_heads_too_far_apart_for_32_bits_are_copied_but_for_decoding() -> None:
+    from xattn.kernels.launch import Inputs
+
+    n = 2**20
+    far, close = torch.empty(1, 32, n, 128, device="meta"), torch.empty(1, n, 32, 128, device="meta").transpose(1, 2)
+    ready = Inputs(q=far, k=close, v=far, far_q=far, far_k=close).ready()
+    assert [t.stride(1) for t in (ready.q, ready.k, ready.v, ready.far_q, ready.far_k)] == [128] * 5
+    assert ready.k is close
+    assert Inputs(q=far, k=far, v=far).ready(reach=2**63).k is far
+
+
 def test_strided_inputs_are_taken_as_they_are() -> None:
     spec = spec_of(heads=4, kv_heads=2, attn_selective=True)
     given = {name: t.float() for name, t in tensors(spec, 70, batch=2, device=DEVICE).items()}

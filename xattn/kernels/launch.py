@@ -24,6 +24,8 @@ LOG2E = 1.4426950408889634
 _PROGRAMS = 528
 # carries are kept for the backward up to 256 bytes a key
 _KEPT_SEGMENTS = 64
+# forward and backward count how far apart heads lie in 32 bits
+_REACH = 2**31
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -52,16 +54,14 @@ class Inputs:
     walk_i: Tensor | None = None
     walk_j: Tensor | None = None
 
-    def ready(self) -> "Inputs":
-        """The same with last axes contiguous, and copies that stride like their originals."""
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.q, self.k, self.v))
-        if any(x is not None and x.stride() != q.stride() for x in (self.far_q, self.ahead_q)):
-            q, far_q, ahead_q = (None if x is None else x.contiguous() for x in (q, self.far_q, self.ahead_q))
-        else:
-            far_q, ahead_q = self.far_q, self.ahead_q
-        far_k = self.far_k
+    def ready(self, *, reach: int = _REACH) -> "Inputs":
+        """The same with last axes contiguous, heads within `reach` numbers, and copies that stride like their originals."""
+        q, k, v = (laid_out(x, reach) for x in (self.q, self.k, self.v))
+        far_q, ahead_q, far_k = self.far_q, self.ahead_q, self.far_k
+        if any(x is not None and x.stride() != q.stride() for x in (far_q, ahead_q)):
+            q, far_q, ahead_q = (None if x is None else _compact(x) for x in (q, far_q, ahead_q))
         if far_k is not None and far_k.stride() != k.stride():
-            k, far_k = k.contiguous(), far_k.contiguous()
+            k, far_k = _compact(k), _compact(far_k)
         return replace(self, q=q, k=k, v=v, far_q=far_q, ahead_q=ahead_q, far_k=far_k)
 
 
@@ -282,6 +282,16 @@ def heads_last(b: int, h: int, n: int, d: int, like: Tensor) -> Tensor:
     return torch.empty(b, n, h, d, device=like.device, dtype=like.dtype).transpose(1, 2)
 
 
+def _compact(x_bhnd: Tensor) -> Tensor:
+    """A copy stored as b n h d."""
+    return heads_last(*x_bhnd.shape, x_bhnd).copy_(x_bhnd)
+
+
+def laid_out(x_bhnd: Tensor, reach: int = _REACH) -> Tensor:
+    """The tensor where its last axis is contiguous and its heads lie within `reach` numbers; else a copy for which that holds."""
+    return x_bhnd if x_bhnd.stride(-1) == 1 and x_bhnd.stride(1) * x_bhnd.shape[1] < reach else _compact(x_bhnd)
+
+
 def carry_shape(b: int, n: int, *, select: bool, skip: bool) -> tuple[int, ...]:
     """What the forward keeps of selection for the backward: the carries, while they are small beside keys and values."""
     segments = -(-n // (64 * SEGMENT)) * (SEGMENT // SKIP_SEGMENT if skip else 1)
@@ -325,7 +335,7 @@ def run_backward(
     x, n, parts = call.x, call.n, call.parts
     b, h, n_i, d = x.q.shape
     g, n_j = x.k.shape[1:3]
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = laid_out(dout)
     delta = torch.empty_like(lse)
     backward.find_delta[(-(-n_i // 64), h, b)](
         out, dout, delta if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], n,

@@ -45,7 +45,8 @@ def splits(programs: int, keys: int) -> int:
 
 def run_decode(inputs: Inputs, options: Options, more: Decoding) -> tuple[Tensor, Tensor]:
     """out (b h i d), and the votes (b u j) float32 after each of the last u = rows queries; empty without a carry."""
-    x = inputs.ready()
+    # its kernels count in 64 bits, and a cache is not to be copied
+    x = inputs.ready(reach=2**63)
     b, h, n_i, d = x.q.shape
     n_j, device = x.k.shape[2], x.q.device
     out = heads_last(b, h, n_i, d, x.q)
