@@ -157,7 +157,7 @@ def _kept(config: CompareConfig) -> dict[str, Any]:
         "description": config.description,
         "baseline": _baseline(config),
         "order": [name for name, _, _ in rows_of(config)],
-        "varied": ["optim.lr"] if any(lr is not None for _, _, lr in rows_of(config)) else [],
+        "varied": [OWN_LR] if any(lr is not None for _, _, lr in rows_of(config)) else [],
         "param_tolerance": PARAM_TOLERANCE if config.param_tolerance is None else config.param_tolerance,
     }
 

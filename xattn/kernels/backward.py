@@ -9,7 +9,21 @@ import triton
 import triton.language as tl
 
 from xattn.kernels.scratch import penalty, put_by_queries
-from xattn.kernels.stages import BOTH, FAR, NEAR, allowed, logits, modify, numbers, put_rows, rows, stand, subtract
+from xattn.kernels.stages import (
+    AHEAD,
+    BOTH,
+    FAR,
+    NEAR,
+    allowed,
+    logits,
+    modify,
+    numbers,
+    put_rows,
+    rows,
+    stand,
+    subtract,
+    within,
+)
 from xattn.kernels.walk import clip, edge, edges, keys_of, queries_of, share
 
 
@@ -78,10 +92,10 @@ def _dkdv_step(
     elif ZONE == FAR:
         far_dk = tl.dot(dsim_ji.to(far_q_id.dtype), far_q_id, far_dk, input_precision="ieee")
     else:
-        far = pos_i - pos_j >= n.near
+        far = within(pos_i - pos_j, n, FAR, P)
         near = ~far
         if P.extend == 2:
-            ahead = pos_i - pos_j <= -n.near
+            ahead = within(pos_i - pos_j, n, AHEAD, P)
             near = near & ~ahead
             part = tl.where(ahead, dsim_ji, 0.0).to(ahead_q_id.dtype)
             far_dk = tl.dot(part, ahead_q_id, far_dk, input_precision="ieee")
@@ -236,10 +250,10 @@ def _dq_head(
     elif ZONE == FAR:
         far_dq = tl.dot(dsim_ij.to(far_k_jd.dtype), far_k_jd, far_dq, input_precision="ieee")
     else:
-        far = pos_i - pos_j >= n.near
+        far = within(pos_i - pos_j, n, FAR, P)
         near = ~far
         if P.extend == 2:
-            ahead = pos_i - pos_j <= -n.near
+            ahead = within(pos_i - pos_j, n, AHEAD, P)
             near = near & ~ahead
             part = tl.where(ahead, dsim_ij, 0.0).to(far_k_jd.dtype)
             ahead_dq = tl.dot(part, far_k_jd, ahead_dq, input_precision="ieee")

@@ -113,7 +113,6 @@ def forward(
 ):  # fmt: skip
     """Output and base-2 log-sum-exp (b h i) of the blocks of queries from first_block on; the last, heaviest, first."""
     BI: tl.constexpr = P.block_i
-    BJ: tl.constexpr = P.block_j
     BLOCK_D: tl.constexpr = P.block_d
     GROUP: tl.constexpr = P.group
     # heads fastest: they share F in the L2 cache

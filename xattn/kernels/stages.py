@@ -85,6 +85,34 @@ def product(q_id, k_jd, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def within(apart, n, ZONE: tl.constexpr, P: tl.constexpr):
+    """Whether queries `apart` from keys lie in one zone of Self-Extend."""
+    if ZONE == FAR:
+        ok = apart >= n.near
+    elif ZONE == AHEAD:
+        ok = apart <= -n.near
+    else:
+        ok = apart < n.near
+        if P.extend == 2:
+            ok = ok & (apart > -n.near)
+    return ok
+
+
+@triton.jit
+def reaches(low_i, high_i, low_j, high_j, n, ZONE: tl.constexpr, P: tl.constexpr):
+    """Whether some pair of a tile may lie in a zone, by the smallest and largest positions of either side."""
+    if ZONE == FAR:
+        ok = high_i - low_j >= n.near
+    elif ZONE == AHEAD:
+        ok = high_j - low_i >= n.near
+    else:
+        ok = low_i - high_j < n.near
+        if P.extend == 2:
+            ok = ok & (low_j - high_i < n.near)
+    return ok
+
+
+@triton.jit
 def logits(q, k, pos_i, pos_j, n, ZONE: tl.constexpr, TRANSPOSED: tl.constexpr, P: tl.constexpr):
     """Logits of q = (exact, grouped, grouped for keys ahead) against k = (exact, grouped).
 
@@ -95,9 +123,10 @@ def logits(q, k, pos_i, pos_j, n, ZONE: tl.constexpr, TRANSPOSED: tl.constexpr, 
     else:
         sim = product(q[0], k[0], TRANSPOSED)
         if ZONE == BOTH:
-            sim = tl.where(pos_i - pos_j >= n.near, product(q[1], k[1], TRANSPOSED), sim)
+            apart = pos_i - pos_j
+            sim = tl.where(within(apart, n, FAR, P), product(q[1], k[1], TRANSPOSED), sim)
             if P.extend == 2:
-                sim = tl.where(pos_i - pos_j <= -n.near, product(q[2], k[1], TRANSPOSED), sim)
+                sim = tl.where(within(apart, n, AHEAD, P), product(q[2], k[1], TRANSPOSED), sim)
     return sim * n.scale
 
 
@@ -160,34 +189,6 @@ def allowed(pos_i, pos_j, doc_i, doc_j, n, P: tl.constexpr):
         ok = ok & seen
     if P.docs:
         ok = ok & (doc_i == doc_j)
-    return ok
-
-
-@triton.jit
-def within(apart, n, ZONE: tl.constexpr, P: tl.constexpr):
-    """Whether queries `apart` from keys lie in one zone of Self-Extend."""
-    if ZONE == FAR:
-        ok = apart >= n.near
-    elif ZONE == AHEAD:
-        ok = apart <= -n.near
-    else:
-        ok = apart < n.near
-        if P.extend == 2:
-            ok = ok & (apart > -n.near)
-    return ok
-
-
-@triton.jit
-def reaches(low_i, high_i, low_j, high_j, n, ZONE: tl.constexpr, P: tl.constexpr):
-    """Whether some pair of a tile may lie in a zone, by the smallest and largest positions of either side."""
-    if ZONE == FAR:
-        ok = high_i - low_j >= n.near
-    elif ZONE == AHEAD:
-        ok = high_j - low_i >= n.near
-    else:
-        ok = low_i - high_j < n.near
-        if P.extend == 2:
-            ok = ok & (low_j - high_i < n.near)
     return ok
 
 

@@ -1,6 +1,7 @@
 """Tile sizes of every kernel: (queries, keys, warps, pipeline stages), chosen by measurement and never tuned at run time.
 
-Measured on an H100 and an H200 with Triton 3.6 by benchmarks/tune.py; other devices take the same sizes.
+Measured on an H100 and an H200 with Triton 3.6, most by benchmarks/tune.py; docs/kernels.md says which are not. Other devices
+take the same sizes.
 """
 
 from contextlib import contextmanager
@@ -65,7 +66,9 @@ def small(kernel: str, *, block_d: int, itemsize: int, extend: bool) -> dict[str
 
 
 def decode_tile(kernel: str, *, rows: int, block_d: int, itemsize: int, extend: bool, split: bool) -> Tile:
-    """The tile of `decode`, whose rows are queries of all heads that share a key head, or of `count`; not yet measured.
+    """The tile of `decode`, whose rows are queries of all heads that share a key head, or of `count`.
+
+    Not tuned: only a window of 1024 was measured, where no other was faster by more than 4 %.
 
     split: raw keys are turned as two halves.
     """
