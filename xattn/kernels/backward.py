@@ -1,7 +1,8 @@
-"""The fused backward: a small kernel for delta, one for dK and dV, one for dQ. No atomics, so two runs agree to the bit.
+"""The fused backward: one kernel for dQ, one for dK and dV. No atomics, so two runs agree to the bit.
 
 With A the weights and S the logits: dA = dO V^T, dS = A * (dA - delta), delta_i = dO_i . O_i, and dS goes back through
-the score stage into dQ and dK. Selective attention subtracts F from the logits of every head, so dF = -sum over heads of
+the score stage into dQ and dK. The dQ kernel finds delta and leaves it for the other; with selection, which needs dK and dV
+first, a small kernel does. Selective attention subtracts F from the logits of every head, so dF = -sum over heads of
 dS: the dQ kernel leaves dS summed over each pair of heads (a slice), and the dK/dV kernel leaves its column sums.
 """
 
@@ -27,23 +28,31 @@ from xattn.kernels.stages import (
 from xattn.kernels.walk import clip, edge, edges, keys_of, queries_of, share
 
 
+@triton.jit
+def _delta(out_ptr, out_i, dout_id, dlse_ptr, row, count, HAS_DLSE: tl.constexpr, P: tl.constexpr):
+    """delta (i) = dO . O, less the gradient of the log-sum-exp, which reaches the logits the same way."""
+    out_id = rows(out_ptr, row, out_i, count, True, P)
+    delta_i = tl.sum(out_id.to(tl.float32) * dout_id.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta_i -= numbers(dlse_ptr, row, count, True, P)
+    return delta_i
+
+
 @triton.jit(do_not_specialize=["n"])
 def find_delta(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
-    """delta (b h i) = dO . O, less the gradient of the log-sum-exp, which reaches the logits the same way."""
+    """delta (b h i) by itself."""
     BI: tl.constexpr = P.block_i
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i0 = tl.program_id(0) * BI
     row = tl.arange(0, BI)
-    out_id = rows(out_ptr + b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i, row, out_i, n.n_i - i0, True, P)
     dout_id = rows(dout_ptr + b * dout_b + h * dout_h + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, True, P)
-    delta_i = tl.sum(out_id.to(tl.float32) * dout_id.to(tl.float32), 1)
-    at = (b * n.heads + h) * n.n_i + i0 + row
-    if HAS_DLSE:
-        delta_i -= tl.load(dlse_ptr + at, mask=row < n.n_i - i0, other=0.0)
-    tl.store(delta_ptr + at, delta_i, mask=row < n.n_i - i0)
+    at = (b * n.heads + h) * n.n_i + i0
+    out_ptr += b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i
+    delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr + at, row, n.n_i - i0, HAS_DLSE, P)
+    tl.store(delta_ptr + at + row, delta_i, mask=row < n.n_i - i0)
 
 
 @triton.jit
@@ -54,7 +63,7 @@ def _dkdv_step(
     BI: tl.constexpr = P.block_i
     dk, far_dk, dv = state
     k_jd, far_k_jd, v_jd = kv
-    pos_j, doc_j, slope, kb, column_ptr, column_i, dead = j_at
+    pos_j, doc_j, slope, kb, column_ptr, column_i = j_at
     q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, scratch_ptr, pos_ptr, doc_ptr = queries
     row = tl.arange(0, BI)
     q_at = tl.cast(i0, tl.int64) * q_i
@@ -75,7 +84,7 @@ def _dkdv_step(
     sim_ji = logits((q_id, far_q_id, ahead_q_id), (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, True, P)
     sim_ji, change_ji = modify(sim_ji, pos_i, pos_j, slope, n, P)
     if P.select:
-        sim_ji = subtract(sim_ji, penalty(scratch_ptr, i0 // 64, kb, n, True, P), dead, P)
+        sim_ji = subtract(sim_ji, penalty(scratch_ptr, i0 // 64, kb, n, True, P))
     attn_ji = tl.exp2(sim_ji - lse_i[None, :])
     if MASK:
         attn_ji = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), attn_ji, 0.0)
@@ -107,7 +116,7 @@ def _dkdv_step(
 @triton.jit(do_not_specialize=["n", "first_block", "column_b", "column_h", "column_i"])
 def find_dkdv(
     q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, scratch_ptr, column_ptr,
-    dead_ptr, last_ptr, dk_ptr, far_dk_ptr, dv_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b,
+    last_ptr, dk_ptr, far_dk_ptr, dv_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b,
     walk_b, q_b, q_h, q_i: tl.constexpr, k_b, k_g, k_j, v_b, v_g, v_j, dout_b, dout_h, dout_i: tl.constexpr, dk_b, dk_g, dk_j,
     scratch_b, column_b, column_h, column_i, first_block, n, P: tl.constexpr,
 ):  # fmt: skip
@@ -136,9 +145,7 @@ def find_dkdv(
     far_dk = tl.zeros([BJ, BLOCK_D], tl.float32)
     dv = tl.zeros([BJ, BLOCK_D], tl.float32)
     walk = queries_of(block, walk_ptr + b * walk_b, n, P)
-    dead = 0.0
     if P.skip:
-        dead = tl.load(dead_ptr)
         # no query from `end` on sees a living key of this block
         walk = clip(walk, tl.load(last_ptr + b * n.blocks + block))
     in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
@@ -156,7 +163,7 @@ def find_dkdv(
         if P.alibi:
             slope = tl.load(slope_ptr + h)
         column = column_ptr + b * column_b + h * tl.cast(column_h, tl.int64) + (block - first_block) * BJ
-        j_at = (pos_j, doc_j, slope, j0 // 64, column, column_i, dead)
+        j_at = (pos_j, doc_j, slope, j0 // 64, column, column_i)
         for step in tl.range(0, edges(walk, BI, P), num_stages=EDGE_STAGES):
             i0 = edge(step, walk, BI, P)
             dk, far_dk, dv = _dkdv_step((dk, far_dk, dv), kv, j_at, queries, q_i, dout_i, i0, n, EDGE, True, P)
@@ -220,7 +227,7 @@ def _dq_head(
     BJ: tl.constexpr = P.block_j
     dq, far_dq, ahead_dq = state
     q, dout_id, lse_i, delta_i, slope = head
-    pos_i, doc_i, qb, dead = i_at
+    pos_i, doc_i, qb = i_at
     k_ptr, far_k_ptr, v_ptr, pos_ptr, doc_ptr = keys
     row = tl.arange(0, BJ)
     k_at = tl.cast(j0, tl.int64) * k_j
@@ -237,7 +244,7 @@ def _dq_head(
     sim_ij = logits(q, (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, False, P)
     sim_ij, change_ij = modify(sim_ij, pos_i, pos_j, slope, n, P)
     if P.select:
-        sim_ij = subtract(sim_ij, penalty_ij, dead, P)
+        sim_ij = subtract(sim_ij, penalty_ij)
     attn_ij = tl.exp2(sim_ij - lse_i[:, None])
     if MASK:
         attn_ij = tl.where(allowed(pos_i, pos_j, doc_i, doc_j, n, P), attn_ij, 0.0)
@@ -290,10 +297,10 @@ def _dq_step(
 
 @triton.jit
 def _query_head(
-    b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h,
-    dout_i, n, P: tl.constexpr,
+    b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i,
+    out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Queries, dO and the rest of one head's block."""
+    """Queries, dO and the rest of one head's block; without selection delta is found here."""
     q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
     q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
     far_q_id = q_id
@@ -305,7 +312,12 @@ def _query_head(
     dout_id = rows(dout_ptr + b * dout_b + h * dout_h + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, True, P)
     at = (b * n.heads + h) * n.n_i + i0
     lse_i = numbers(lse_ptr + at, row, n.n_i - i0, True, P)
-    delta_i = numbers(delta_ptr + at, row, n.n_i - i0, True, P)
+    if P.select:
+        delta_i = numbers(delta_ptr + at, row, n.n_i - i0, True, P)
+    else:
+        out_ptr += b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i
+        delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr + at, row, n.n_i - i0, HAS_DLSE, P)
+        tl.store(delta_ptr + at + row, delta_i, mask=row < n.n_i - i0)
     slope = 0.0
     if P.alibi:
         slope = tl.load(slope_ptr + h)
@@ -314,10 +326,12 @@ def _query_head(
 
 @triton.jit(do_not_specialize=["n", "first_block", "dq_first", "dq_part"])
 def find_dq(
-    q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, scratch_ptr, slices_ptr,
-    dead_ptr, live_ptr, count_ptr, dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr,
-    pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, dout_b, dout_h, dout_i,
-    dq_part, dq_b, dq_h, dq_i, dq_first, scratch_b, slice_stride, live_b, first_block, n, P: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr,
+    scratch_ptr, slices_ptr, live_ptr, count_ptr, dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr,
+    doc_j_ptr, walk_ptr,
+    pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, out_b, out_h, out_i,
+    dout_b, dout_h, dout_i, dq_part, dq_b, dq_h, dq_i, dq_first, scratch_b, slice_stride, live_b, first_block, n,
+    HAS_DLSE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dS.
 
@@ -336,14 +350,14 @@ def find_dq(
     i0 = block * BI
     row = tl.arange(0, BI)
     first = _query_head(
-        b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h,
-        dout_i, n, P,
+        b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i,
+        out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE, P,
     )  # fmt: skip
     second = first
     if PAIR == 2:
         second = _query_head(
-            b, h + 1, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b,
-            dout_h, dout_i, n, P,
+            b, h + 1, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b,
+            q_h, q_i, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE, P,
         )  # fmt: skip
     pos_ptr, doc_ptr = pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b
     k_at = b * k_b + h // GROUP * k_g
@@ -352,10 +366,7 @@ def find_dq(
     second_keys = (k_ptr + k_at, far_k_ptr + k_at, v_ptr + b * v_b + (h + PAIR - 1) // GROUP * v_g, pos_ptr, doc_ptr)
     scratch = (scratch_ptr + b * scratch_b, slices_ptr + tl.cast(pair, tl.int64) * slice_stride + b * scratch_b)
     pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i0 + row, n.n_i, P)
-    dead = 0.0
-    if P.skip:
-        dead = tl.load(dead_ptr)
-    i_at = (pos_i[:, None], doc_i[:, None], i0 // 64, dead)
+    i_at = (pos_i[:, None], doc_i[:, None], i0 // 64)
 
     dq = tl.zeros([BI, BLOCK_D], tl.float32)
     far_dq = tl.zeros([BI, BLOCK_D], tl.float32)

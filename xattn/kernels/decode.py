@@ -17,6 +17,7 @@ from xattn.kernels.stages import (
     LOG2E,
     NEAR,
     allowed,
+    bury,
     logits,
     modify,
     normalise,
@@ -226,7 +227,7 @@ def decode(
             if P.select:
                 at = penalty_ptr + tl.cast(i, tl.int64)[:, None] * penalty_i + (j0 + row)[None, :]
                 penalty = tl.load(at, mask=(j0 + row)[None, :] < n.n_j, other=0.0)
-                sim = subtract(sim, penalty * LOG2E, dead, P)
+                sim = subtract(sim, bury(penalty * LOG2E, dead, P))
             seen = allowed(pos_m[:, None], pos_j[None, :], doc_m[:, None], doc_j[None, :], n, P)
             sim = tl.where(seen, sim, float("-inf"))
             v_jd = rows(v_ptr + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, True, P)

@@ -32,7 +32,7 @@ def _step(state, q_id, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl
     """The five stages over one tile of keys; where MASK, pairs out of the zone count as not seen."""
     BJ: tl.constexpr = P.block_j
     acc_id, total_i, top_i = state
-    pos_i, doc_i, slope, qb, dead = i_at
+    pos_i, doc_i, slope, qb = i_at
     k_ptr, v_ptr, scratch_ptr, pos_ptr, doc_ptr = keys
     row = tl.arange(0, BJ)
     k_jd = rows(k_ptr + tl.cast(j0, tl.int64) * k_j, row, k_j, n.n_j - j0, MASK, P)
@@ -41,7 +41,7 @@ def _step(state, q_id, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl
 
     sim_ij, _ = modify(product(q_id, k_jd, False) * n.scale, pos_i, pos_j, slope, n, P)
     if P.select:
-        sim_ij = subtract(sim_ij, penalty(scratch_ptr, qb, j0 // 64, n, False, P), dead, P)
+        sim_ij = subtract(sim_ij, penalty(scratch_ptr, qb, j0 // 64, n, False, P))
     if MASK:
         ok = allowed(pos_i, pos_j, doc_i, doc_j, n, P)
         if P.extend > 0:
@@ -106,8 +106,8 @@ def _zone(state, q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, Z
 @triton.jit(do_not_specialize=["n", "first_block"])
 def forward(
     q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, scratch_ptr,
-    dead_ptr, live_ptr, count_ptr,
-    pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i: tl.constexpr, k_b, k_g,
+    live_ptr, count_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b, q_b, q_h,
+    q_i: tl.constexpr, k_b, k_g,
     k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, out_b, out_h, out_i, scratch_b, live_b,
     first_block, n, P: tl.constexpr,
 ):  # fmt: skip
@@ -133,10 +133,7 @@ def forward(
     slope = 0.0
     if P.alibi:
         slope = tl.load(slope_ptr + h)
-    dead = 0.0
-    if P.skip:
-        dead = tl.load(dead_ptr)
-    i_at = (pos_i[:, None], doc_i[:, None], slope, i0 // 64, dead)
+    i_at = (pos_i[:, None], doc_i[:, None], slope, i0 // 64)
 
     acc = tl.zeros([BI, BLOCK_D], tl.float32)
     total = tl.zeros([BI], tl.float32)

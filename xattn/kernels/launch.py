@@ -8,6 +8,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import triton
@@ -269,7 +270,7 @@ class _Call:
         last_segment = -(-(n.blocks if by_keys else last) // SEGMENT)
         grid = (last - first if by_keys else last, last_segment - first_segment, n.batch)
         selection.fill[grid](
-            *self.selecting, carry, self.last, scratch, *self.by_key, *self.selecting_strides, carry.stride(0),
+            *self.selecting, carry, self.dead, self.last, scratch, *self.by_key, *self.selecting_strides, carry.stride(0),
             carry.stride(1) * self.coarse, scratch.stride(1), first if by_keys else 0, first_segment,
             n.blocks if by_keys else last, self.o.sim_head, n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts,
             **self.small("fill"),
@@ -317,7 +318,7 @@ def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tenso
         if blocks <= 0:
             continue
         forward.forward[(blocks * b * h,)](
-            x.q, x.k, x.v, *call.far, out, lse, call.sink, call.slopes, scratch, call.dead, *call.live, *call.by_query,
+            x.q, x.k, x.v, *call.far, out, lse, call.sink, call.slopes, scratch, *call.live, *call.by_query,
             *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *out.stride()[:3],
             scratch.stride(1) if parts.select else 0, call.live_b, first * 64 // t.block_i, n._replace(first=first), P=parts,
             **how,
@@ -325,6 +326,16 @@ def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tenso
     shape = carry_shape(b, n_i, select=parts.select, skip=parts.skip)
     kept = carry if len(shape) > 1 else lse.new_empty(0)
     return out, lse, kept
+
+
+class _Rows(NamedTuple):
+    """What the backward knows of each query: out, dout (b h i d); lse, its gradient or None, and delta (b h i) float32."""
+
+    out: Tensor
+    dout: Tensor
+    lse: Tensor
+    dlse: Tensor | None
+    delta: Tensor
 
 
 def run_backward(
@@ -335,44 +346,42 @@ def run_backward(
     x, n, parts = call.x, call.n, call.parts
     b, h, n_i, d = x.q.shape
     g, n_j = x.k.shape[1:3]
-    dout = laid_out(dout)
-    delta = torch.empty_like(lse)
-    backward.find_delta[(-(-n_i // 64), h, b)](
-        out, dout, delta if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], n,
-        HAS_DLSE=dlse is not None, P=parts, num_warps=4,
-    )  # fmt: skip
+    y = _Rows(
+        out=out, dout=laid_out(dout), lse=lse, dlse=None if dlse is None else dlse.contiguous(), delta=torch.empty_like(lse)
+    )
     grads = {"q": heads_last(b, h, n_i, d, x.q), "k": heads_last(b, g, n_j, d, x.k), "v": heads_last(b, g, n_j, d, x.v)}
     grads |= {name: heads_last(b, h, n_i, d, x.q) for name in ("far_q", "ahead_q") if getattr(x, name) is not None}
     grads |= {"far_k": heads_last(b, g, n_j, d, x.k)} if x.far_k is not None else {}
     if parts.select:
+        backward.find_delta[(-(-n_i // 64), h, b)](
+            y.out, y.dout, y.delta if y.dlse is None else y.dlse, y.delta, *y.out.stride()[:3], *y.dout.stride()[:3], n,
+            HAS_DLSE=y.dlse is not None, P=parts, num_warps=4,
+        )  # fmt: skip
         carry = call.carries(carry if carry.numel() else None)
         suffix = torch.empty(b, call.segments, n.blocks * 64, device=x.q.device, dtype=torch.float32)
         for first, last in call.chunks(4096 * call.penalty_dtype.itemsize, by_keys=True):
             scratch = call.fill(carry, first, last, by_keys=True)
-            _dkdv(call, grads, scratch, first, last, lse, delta, dout, suffix[:, :, first * 64 : last * 64])
+            _dkdv(call, grads, scratch, first, last, y, suffix[:, :, first * 64 : last * 64])
             del scratch
         backward.sum_after[(n.blocks, b)](suffix, suffix.stride(0), suffix.stride(1), call.segments, num_warps=2)
-        _dq_and_selection(call, grads, carry, suffix, lse, delta, dout)
+        _dq_and_selection(call, grads, carry, suffix, y)
     else:
-        _dkdv(call, grads, x.q, 0, n.blocks, lse, delta, dout, None)
         into = {name: grads[name][None] for name in ("q", "far_q", "ahead_q") if name in grads}
-        _dq(call, into, x.q, x.q, 0, n.blocks, lse, delta, dout)
+        _dq(call, into, x.q, x.q, 0, n.blocks, y)
+        _dkdv(call, grads, x.q, 0, n.blocks, y, None)
     if x.sink is not None:
         sink_bhi = torch.exp2(x.sink.float()[:, None] * LOG2E - lse)
         # a row that saw nothing is 0 whatever the sink
-        grads["sink"] = -(sink_bhi * delta).sum(dim=(0, 2)).to(x.sink.dtype)
+        grads["sink"] = -(sink_bhi * y.delta).sum(dim=(0, 2)).to(x.sink.dtype)
     return grads
 
 
-def _dkdv(
-    call: _Call, grads: dict[str, Tensor], scratch: Tensor, first: int, last: int, lse: Tensor, delta: Tensor, dout: Tensor,
-    sums: Tensor | None,
-) -> None:  # fmt: skip
+def _dkdv(call: _Call, grads: dict[str, Tensor], scratch: Tensor, first: int, last: int, y: _Rows, sums: Tensor | None) -> None:
     """dK, dV of the keys of blocks first to last; with selection, the column sums of dS of each segment (b t c)."""
     x, n = call.x, call.n
     t, parts, how = call.tile("dkdv")
     b, h, columns = n.batch, n.heads, (last - first) * 64
-    column = delta
+    column = y.delta
     strides = (0, 0, 0)
     if parts.select:
         per_segment = call.segment * 64 // t.block_i
@@ -381,8 +390,9 @@ def _dkdv(
     blocks = -(-(min(last * 64, n.n_j) - first * 64) // t.block_j) if parts.select else -(-n.n_j // t.block_j)
     dk, dv = grads["k"], grads["v"]
     backward.find_dkdv[(max(blocks, 0) * b * x.k.shape[1],)](
-        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, column, call.dead, call.last, dk, grads.get("far_k",
-        dk), dv, *call.by_key, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3],
+        x.q, x.k, x.v, *call.far, y.dout, y.lse, y.delta, call.slopes, scratch, column, call.last, dk,
+        grads.get("far_k", dk), dv, *call.by_key, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
+        *y.dout.stride()[:3], *dk.stride()[:3],
         scratch.stride(1) if parts.select else 0, *strides, first * 64 // t.block_j, n._replace(first=first), P=parts, **how,
     )  # fmt: skip
     if parts.select:
@@ -392,11 +402,8 @@ def _dkdv(
         )  # fmt: skip
 
 
-def _dq(
-    call: _Call, into: dict[str, Tensor], scratch: Tensor, slices: Tensor, first: int, last: int, lse: Tensor, delta: Tensor,
-    dout: Tensor,
-) -> None:  # fmt: skip
-    """dQ of the queries of blocks first to last; `into` holds (parts b h i d), whose first row is theirs."""
+def _dq(call: _Call, into: dict[str, Tensor], scratch: Tensor, slices: Tensor, first: int, last: int, y: _Rows) -> None:
+    """dQ of the queries of blocks first to last, without selection delta too; `into` (parts b h i d) starts at their first."""
     x, n = call.x, call.n
     t, parts, how = call.tile("dq")
     parts = parts._replace(pair=_pair(call))
@@ -404,10 +411,10 @@ def _dq(
     dq = into["q"]
     selected = (scratch.stride(1), slices.stride(0)) if parts.select else (0, 0)
     backward.find_dq[(max(blocks, 0) * n.batch * (n.heads // parts.pair), dq.shape[0])](
-        x.q, x.k, x.v, *call.far, dout, lse, delta, call.slopes, scratch, slices, call.dead, *call.live, dq, into.get("far_q",
-        dq), into.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
-        *dout.stride()[:3], *dq.stride()[:4], first * 64, *selected, call.live_b, first * 64 // t.block_i,
-        n._replace(first=first), P=parts, **how,
+        x.q, x.k, x.v, *call.far, y.out, y.dout, y.lse, y.delta if y.dlse is None else y.dlse, y.delta, call.slopes, scratch,
+        slices, *call.live, dq, into.get("far_q", dq), into.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3],
+        *x.k.stride()[:3], *x.v.stride()[:3], *y.out.stride()[:3], *y.dout.stride()[:3], *dq.stride()[:4], first * 64, *selected,
+        call.live_b, first * 64 // t.block_i, n._replace(first=first), HAS_DLSE=y.dlse is not None, P=parts, **how,
     )  # fmt: skip
 
 
@@ -418,9 +425,7 @@ def _pair(call: _Call) -> int:
     )  # fmt: skip
 
 
-def _dq_and_selection(
-    call: _Call, grads: dict[str, Tensor], carry: Tensor, suffix: Tensor, lse: Tensor, delta: Tensor, dout: Tensor
-) -> None:
+def _dq_and_selection(call: _Call, grads: dict[str, Tensor], carry: Tensor, suffix: Tensor, y: _Rows) -> None:
     """dQ by chunks of queries, with the slices of dS, and from them what the selecting head gets."""
     x, n, parts = call.x, call.n, call.parts
     s = call.o.sim_head
@@ -451,7 +456,7 @@ def _dq_and_selection(
         far_dq = into["far_q"][:, :, s] if "far_q" in into else dq
         scratch = call.fill(carry, first, last, by_keys=False)
         slices = call.scratch(first, last, by_keys=False, dtype=x.q.dtype, slices=slices_count)
-        _dq(call, into, scratch, slices, first, last, lse, delta, dout)
+        _dq(call, into, scratch, slices, first, last, y)
         # F has done its work: dz takes its place
         dz = scratch.view(x.q.dtype)
         numbers = n._replace(first=first)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from xattn.kernels.scratch import pack, slot, unpack
-from xattn.kernels.stages import BOTH, NEAR, allowed, logits, modify, put_rows, rows, stand, votes
+from xattn.kernels.stages import BOTH, NEAR, allowed, bury, logits, modify, put_rows, rows, stand, votes
 from xattn.kernels.walk import keys_of, queries_of, share
 
 # tiles (of 64 queries) in a segment; with skipping, whether a block of keys is dead is asked once a segment
@@ -134,10 +134,10 @@ def find_live(
 
 @triton.jit
 def _fill_step(
-    carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, scratch_ptr, n, BY_KEYS: tl.constexpr, MASK: tl.constexpr,
-    P: tl.constexpr,
+    carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, dead, scratch_ptr, n, BY_KEYS: tl.constexpr,
+    MASK: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """F of one tile, and the carry after it."""
+    """F of one tile, infinite for dead keys, and the carry after it."""
     cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, MASK, P)
     i = tl.arange(0, 64)
     earlier = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
@@ -150,7 +150,7 @@ def _fill_step(
     carry += tl.sum(cast, 1)
     if HALF:
         before = tl.minimum(before, 60000.0)
-    before = before.to(scratch_ptr.dtype.element_ty)
+    before = bury(before.to(scratch_ptr.dtype.element_ty), dead, P)
     if not BY_KEYS:
         # computed as [j, i], in which sums over queries stay within a thread
         before = tl.trans(before)
@@ -161,10 +161,9 @@ def _fill_step(
 
 @triton.jit(do_not_specialize=["n", "first_block", "first_segment", "last_block"])
 def fill(
-    q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, carry_ptr, last_ptr, scratch_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr,
-    walk_ptr,
-    pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, carry_b, carry_s, scratch_b, first_block, first_segment, last_block, head, n,
-    SEG: tl.constexpr, BY_KEYS: tl.constexpr, P: tl.constexpr,
+    q_ptr, k_ptr, far_q_ptr, far_k_ptr, slope_ptr, carry_ptr, dead_ptr, last_ptr, scratch_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr,
+    doc_j_ptr, walk_ptr, pos_i_b, pos_j_b, walk_b, q_b, q_i, k_b, k_j, carry_b, carry_s, scratch_b, first_block, first_segment,
+    last_block, head, n, SEG: tl.constexpr, BY_KEYS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """F of one block of keys and one segment of queries into the scratch: row after row, or BY_KEYS transposed."""
     kb = first_block + tl.program_id(0)
@@ -180,6 +179,9 @@ def fill(
         slope = 0.0
         if P.alibi:
             slope = tl.load(slope_ptr + head)
+        dead = 0.0
+        if P.skip:
+            dead = tl.load(dead_ptr)
         carry = tl.load(carry_ptr + b * carry_b + tl.cast(seg, tl.int64) * carry_s + kb * 64 + tl.arange(0, 64))
         q_ptr += b * q_b
         far_q_ptr += b * q_b
@@ -187,11 +189,11 @@ def fill(
         inside = _unmasked_from(kb, t_lo, t_hi, P)
         for t in range(t_lo, inside):
             carry = _fill_step(
-                carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, scratch_ptr, n, BY_KEYS, True, P
+                carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, dead, scratch_ptr, n, BY_KEYS, True, P
             )  # fmt: skip
         for t in range(inside, t_hi):
             carry = _fill_step(
-                carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, scratch_ptr, n, BY_KEYS, False, P
+                carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, dead, scratch_ptr, n, BY_KEYS, False, P
             )  # fmt: skip
 
 

@@ -202,12 +202,17 @@ def votes(sim, earlier, pos_j):
 
 
 @triton.jit
-def subtract(sim, penalty, dead, P: tl.constexpr):
-    """Logits less the penalty; with skipping, -inf for keys whose penalty has reached `dead`."""
-    sim -= penalty.to(tl.float32)
+def bury(penalty, dead, P: tl.constexpr):
+    """With skipping, an infinite penalty where it has reached `dead`."""
     if P.skip:
-        sim = tl.where(penalty.to(tl.float32) < dead, sim, float("-inf"))
-    return sim
+        penalty = tl.where(penalty.to(tl.float32) < dead, penalty, float("inf"))
+    return penalty
+
+
+@triton.jit
+def subtract(sim, penalty):
+    """Logits less the penalty; -inf for dead keys."""
+    return sim - penalty.to(tl.float32)
 
 
 # Stage 5: normaliser
