@@ -55,14 +55,11 @@ class Run:
         from gpu import on_gpu
         from harness import RESULTS, Rows
 
-        from xattn.ops import triton as backend
-
         self.args, self.start = args, time.monotonic()
         self.dtype = torch.float32 if args.dry else torch.bfloat16
         file = args.out or (None if args.dry or args.worker else RESULTS / "attention.jsonl")
         self.rows = Rows(file)
         self.stopped: set[tuple[str, str, str]] = set()
-        backend._scratch_bytes = args.scratch_mib * 2**20
         if not args.dry and not on_gpu():
             raise SystemExit("no CUDA GPU here: add --dry to try the command without one")
         # collections before each capture then have little to look at
@@ -252,6 +249,14 @@ def main(argv: list[str] | None = None) -> None:
         from gpu import go_dry
 
         go_dry()
+    from xattn import scratch_limit
+
+    with scratch_limit(args.scratch_mib * 2**20):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """A whole run, or a process that only compiles."""
     run = Run(args)
     if args.worker:
         run.work()

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,8 +10,8 @@ from peers import Given, draw
 from table import Case
 from torch import Tensor
 
-from xattn.ops import triton as backend
 from xattn.ops.reference import reference
+from xattn.ops.triton import scratch_limit
 
 sys.path.append(str(ROOT / "tests"))
 from measure import errors, forward_and_gradients, sticks  # noqa: E402
@@ -20,16 +19,6 @@ from measure import errors, forward_and_gradients, sticks  # noqa: E402
 
 class WrongResult(AssertionError):
     """A result lies outside the measuring stick: its time is worth nothing."""
-
-
-@contextmanager
-def scratch(limit_bytes: int):
-    """Within this context selection holds at most limit_bytes."""
-    before, backend._scratch_bytes = backend._scratch_bytes, limit_bytes
-    try:
-        yield
-    finally:
-        backend._scratch_bytes = before
 
 
 class Truth:
@@ -77,7 +66,7 @@ def check(case: Case, dtype: torch.dtype, make: Callable[[Given], Callable[[], T
         worst = max(truth.compare(make).values())
         if selective:
             # in several chunks too, as long sequences are
-            with scratch(64 * 1024):
+            with scratch_limit(64 * 1024):
                 worst = max(worst, *truth.compare(make).values())
         _checked[key] = worst
     return _checked[key]

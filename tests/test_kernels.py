@@ -24,6 +24,7 @@ from xattn.ops.attention import attend
 from xattn.ops.backends import choose
 from xattn.ops.layout import Layout
 from xattn.ops.reference import reference
+from xattn.ops.triton import scratch_limit
 from xattn.spec.flags import parse_attention
 from xattn.spec.model import AttentionSpec
 
@@ -183,15 +184,10 @@ def test_small_tiles_without_selection(seating: str) -> None:
 # Selection
 
 
-def cap(monkeypatch: pytest.MonkeyPatch, limit_bytes: int) -> None:
-    """What selection may hold at once."""
-    monkeypatch.setattr(backend, "_scratch_bytes", limit_bytes)
-
-
 @pytest.mark.parametrize("flags", [{}, {"sliding_window": 90}, {"selection_skip": 7.0}], ids=str)
-def test_chunks_of_scratch_change_nothing(monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]) -> None:
-    cap(monkeypatch, 1)
-    check(spec_of(attn_selective=True, sim_head=1, kv_heads=1, **flags), 560)
+def test_chunks_of_scratch_change_nothing(flags: dict[str, Any]) -> None:
+    with scratch_limit(1):
+        check(spec_of(attn_selective=True, sim_head=1, kv_heads=1, **flags), 560)
 
 
 def test_scratch_keeps_to_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +205,8 @@ def test_scratch_keeps_to_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch._Call, "scratch", watch)
     limit = 5 * 2**18
-    cap(monkeypatch, limit)
-    check(spec_of(heads=1, attn_selective=True), 600)
+    with scratch_limit(limit):
+        check(spec_of(heads=1, attn_selective=True), 600)
     # F, and in the chunks of dQ a slice of dS with it; a spare tile at either end of each comes on top
     assert len(held) > 4 and limit / 2 < max(held) <= limit + 4 * 4096 * 4
 

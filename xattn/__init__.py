@@ -16,6 +16,7 @@ from xattn.nn.wrapper import AutoregressiveWrapper, TransformerWrapper, build
 from xattn.ops.attention import attend
 from xattn.ops.backends import dense_limit
 from xattn.ops.layout import Layout
+from xattn.ops.triton import scratch_limit
 from xattn.spec.flags import flag_table, parse, parse_attention, to_flags
 
 __version__ = "0.1.0"
@@ -42,5 +43,6 @@ __all__ = [
     "parse",
     "parse_attention",
     "save",
+    "scratch_limit",
     "to_flags",
 ]

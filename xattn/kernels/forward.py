@@ -24,7 +24,7 @@ from xattn.kernels.stages import (
     weigh,
     within,
 )
-from xattn.kernels.walk import edge, edges, keys_of
+from xattn.kernels.walk import edge, edges, keys_of, zone
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _step(state, q_id, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl
 def _edge(state, q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr):
     """A tile that may lie in any zone: with Self-Extend, passed over where none of its pairs lies in this one."""
     acc, total, top = state
-    if P.extend > 0:
+    if P.extend == 2 or P.extend == 1 and (P.stored or P.skip):
         BI: tl.constexpr = P.block_i
         BJ: tl.constexpr = P.block_j
         if P.stored:
@@ -88,7 +88,9 @@ def _zone(state, q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, Z
             ahead = tl.load(live_ptr + step + 1)
             acc, total, top = _edge((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE, MASK, P)
     else:
-        for step in tl.range(0, edges(walk, BJ, P), num_stages=1):
+        walk = zone(walk, ZONE, P)
+        STAGES: tl.constexpr = None if P.extend == 1 and not P.stored else 1
+        for step in tl.range(0, edges(walk, BJ, P), num_stages=STAGES):
             j0 = edge(step, walk, BJ, P)
             acc, total, top = _edge((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE, True, P)
         lo, hi = walk[3], walk[6]

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xattn.kernels.stages import FAR
+
 GRAIN = 64
 # rows of the table beyond the last block, so that the largest tile may read past the end
 _SPARE = 4
@@ -161,6 +163,22 @@ def edge(step, walk, STEP: tl.constexpr, P: tl.constexpr):
     if P.sinks:
         at = tl.where(rest >= 0, front_lo + rest * STEP, at)
     return at
+
+
+@triton.jit
+def zone(walk, ZONE: tl.constexpr, P: tl.constexpr):
+    """A walk over keys without the edges that lie wholly in the other of causal Self-Extend's zones.
+
+    What lies before far keys is far, and what lies behind near ones near, but for stored positions, which may stand in any order.
+    """
+    front_lo, front_hi, lo, in_lo, mid_lo, mid_hi, in_hi, hi = walk
+    if P.extend == 1 and not P.stored:
+        if ZONE == FAR:
+            hi = tl.where(mid_hi < in_hi, in_hi, hi)
+        else:
+            front_hi = tl.where(mid_lo > in_lo, front_lo, front_hi)
+            lo = tl.where(mid_lo > in_lo, in_lo, lo)
+    return front_lo, front_hi, lo, in_lo, mid_lo, mid_hi, in_hi, hi
 
 
 @triton.jit

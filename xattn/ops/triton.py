@@ -6,6 +6,7 @@ that, they run on the CPU too (slowly: for tests).
 
 import importlib.util
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,14 +29,27 @@ SUPPORTS = frozenset(
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 256
-# what selection may hold at once, in bytes: F, and in the backward its gradient
-SCRATCH_BYTES = 256 * 2**20
 LOG2E = 1.4426950408889634
 # without a gradient, so many queries or fewer go to the decode kernel
 DECODE_QUERIES = 16
-_scratch_bytes = SCRATCH_BYTES
+_scratch_bytes = SCRATCH_BYTES = 256 * 2**20
 # asked once, here: inside a function torch.compile would break its graph at the question
 _INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def scratch_limit(limit_bytes: int):
+    """Within this context, selection's penalties, in the backward with their gradients, take up to limit_bytes at once (256 MiB).
+
+    Queries are taken in as many chunks as that needs, of 512 queries at least; fewer chunks are faster. Results are the same
+    to rounding.
+    """
+    global _scratch_bytes
+    before, _scratch_bytes = _scratch_bytes, limit_bytes
+    try:
+        yield
+    finally:
+        _scratch_bytes = before
 
 
 def interpreted() -> bool:
