@@ -1,8 +1,7 @@
-"""The fused backward: one kernel for dQ, one for dK and dV. No atomics, so two runs agree to the bit.
+"""The fused backward: a small kernel for delta, one for dK and dV, one for dQ. No atomics, so two runs agree to the bit.
 
 With A the weights and S the logits: dA = dO V^T, dS = A * (dA - delta), delta_i = dO_i . O_i, and dS goes back through
-the score stage into dQ and dK. The dQ kernel finds delta and leaves it for the other; with selection, which needs dK and dV
-first, a small kernel does. Selective attention subtracts F from the logits of every head, so dF = -sum over heads of
+the score stage into dQ and dK. Selective attention subtracts F from the logits of every head, so dF = -sum over heads of
 dS: the dQ kernel leaves dS summed over each pair of heads (a slice), and the dK/dV kernel leaves its column sums.
 """
 
@@ -28,31 +27,23 @@ from xattn.kernels.stages import (
 from xattn.kernels.walk import clip, edge, edges, keys_of, queries_of, share
 
 
-@triton.jit
-def _delta(out_ptr, out_i, dout_id, dlse_ptr, row, count, HAS_DLSE: tl.constexpr, P: tl.constexpr):
-    """delta (i) = dO . O, less the gradient of the log-sum-exp, which reaches the logits the same way."""
-    out_id = rows(out_ptr, row, out_i, count, True, P)
-    delta_i = tl.sum(out_id.to(tl.float32) * dout_id.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta_i -= numbers(dlse_ptr, row, count, True, P)
-    return delta_i
-
-
 @triton.jit(do_not_specialize=["n"])
 def find_delta(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
-    """delta (b h i) by itself."""
+    """delta (b h i) = dO . O, less the gradient of the log-sum-exp, which reaches the logits the same way."""
     BI: tl.constexpr = P.block_i
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i0 = tl.program_id(0) * BI
     row = tl.arange(0, BI)
+    out_id = rows(out_ptr + b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i, row, out_i, n.n_i - i0, True, P)
     dout_id = rows(dout_ptr + b * dout_b + h * dout_h + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, True, P)
-    at = (b * n.heads + h) * n.n_i + i0
-    out_ptr += b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i
-    delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr + at, row, n.n_i - i0, HAS_DLSE, P)
-    tl.store(delta_ptr + at + row, delta_i, mask=row < n.n_i - i0)
+    delta_i = tl.sum(out_id.to(tl.float32) * dout_id.to(tl.float32), 1)
+    at = (b * n.heads + h) * n.n_i + i0 + row
+    if HAS_DLSE:
+        delta_i -= tl.load(dlse_ptr + at, mask=row < n.n_i - i0, other=0.0)
+    tl.store(delta_ptr + at, delta_i, mask=row < n.n_i - i0)
 
 
 @triton.jit
@@ -210,13 +201,15 @@ def sum_columns(
 @triton.jit(do_not_specialize=["segments"])
 def sum_after(sum_ptr, sum_b, sum_t, segments):
     """In place: sums of dS over each segment (b segments c) become sums of dF = -dS over the segments after it; 64 columns."""
+    STEP: tl.constexpr = 16
     at = sum_ptr + tl.program_id(1).to(tl.int64) * sum_b + tl.program_id(0) * 64 + tl.arange(0, 64)
     total = tl.zeros([64], tl.float32)
-    for back in range(0, segments):
-        here = at + (segments - 1 - back) * sum_t
-        more = tl.load(here)
-        tl.store(here, total)
-        total -= more
+    for back in range(0, segments, STEP):
+        t = segments - 1 - back - tl.arange(0, STEP)
+        here = at[None, :] + t[:, None].to(tl.int64) * sum_t
+        more = tl.load(here, mask=t[:, None] >= 0, other=0.0)
+        tl.store(here, total[None, :] - (tl.cumsum(more, 0) - more), mask=t[:, None] >= 0)
+        total -= tl.sum(more, 0)
 
 
 @triton.jit
@@ -297,10 +290,10 @@ def _dq_step(
 
 @triton.jit
 def _query_head(
-    b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i,
-    out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr, P: tl.constexpr,
+    b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h,
+    dout_i, n, P: tl.constexpr,
 ):  # fmt: skip
-    """Queries, dO and the rest of one head's block; without selection delta is found here."""
+    """Queries, dO and the rest of one head's block."""
     q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
     q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
     far_q_id = q_id
@@ -312,12 +305,7 @@ def _query_head(
     dout_id = rows(dout_ptr + b * dout_b + h * dout_h + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, True, P)
     at = (b * n.heads + h) * n.n_i + i0
     lse_i = numbers(lse_ptr + at, row, n.n_i - i0, True, P)
-    if P.select:
-        delta_i = numbers(delta_ptr + at, row, n.n_i - i0, True, P)
-    else:
-        out_ptr += b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i
-        delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr + at, row, n.n_i - i0, HAS_DLSE, P)
-        tl.store(delta_ptr + at + row, delta_i, mask=row < n.n_i - i0)
+    delta_i = numbers(delta_ptr + at, row, n.n_i - i0, True, P)
     slope = 0.0
     if P.alibi:
         slope = tl.load(slope_ptr + h)
@@ -326,12 +314,10 @@ def _query_head(
 
 @triton.jit(do_not_specialize=["n", "first_block", "dq_first", "dq_part"])
 def find_dq(
-    q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr,
-    scratch_ptr, slices_ptr, live_ptr, count_ptr, dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr,
-    doc_j_ptr, walk_ptr,
-    pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, out_b, out_h, out_i,
-    dout_b, dout_h, dout_i, dq_part, dq_b, dq_h, dq_i, dq_first, scratch_b, slice_stride, live_b, first_block, n,
-    HAS_DLSE: tl.constexpr, P: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, scratch_ptr, slices_ptr,
+    live_ptr, count_ptr, dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr,
+    pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, dout_b, dout_h, dout_i,
+    dq_part, dq_b, dq_h, dq_i, dq_first, scratch_b, slice_stride, live_b, first_block, n, P: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dS.
 
@@ -350,14 +336,14 @@ def find_dq(
     i0 = block * BI
     row = tl.arange(0, BI)
     first = _query_head(
-        b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i,
-        out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE, P,
+        b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h,
+        dout_i, n, P,
     )  # fmt: skip
     second = first
     if PAIR == 2:
         second = _query_head(
-            b, h + 1, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b,
-            q_h, q_i, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE, P,
+            b, h + 1, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b,
+            dout_h, dout_i, n, P,
         )  # fmt: skip
     pos_ptr, doc_ptr = pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b
     k_at = b * k_b + h // GROUP * k_g

@@ -302,8 +302,8 @@ def add_dq(
         k_jd, far_k_jd, pos_j, doc_j = _keys(
             k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
         )  # fmt: skip
-        if P.stored or P.skip:
-            # the walk of these queries may pass tiles in which nobody sees anybody
+        if P.stored or P.skip and P.window:
+            # the walk of these queries may pass tiles in which nobody sees anybody, which were never written
             ok = allowed(pos_i[:, None], pos_j[None, :], doc_i[:, None], doc_j[None, :], n, P)
             dz = tl.where(ok, dz, 0.0)
         if P.extend > 0:
