@@ -1,7 +1,8 @@
-"""The fused backward: a small kernel for delta, one for dK and dV, one for dQ. No atomics, so two runs agree to the bit.
+"""The fused backward: one kernel for dQ, one for dK and dV. No atomics, so two runs agree to the bit.
 
 With A the weights and S the logits: dA = dO V^T, dS = A * (dA - delta), delta_i = dO_i . O_i, and dS goes back through
-the score stage into dQ and dK. Selective attention subtracts F from the logits of every head, so dF = -sum over heads of
+the score stage into dQ and dK. The dQ kernel finds delta and leaves it for the other; with selection, which needs dK and dV
+first, a small kernel does. Selective attention subtracts F from the logits of every head, so dF = -sum over heads of
 dS: the dQ kernel leaves dS summed over each pair of heads (a slice), and the dK/dV kernel leaves its column sums.
 """
 
@@ -24,7 +25,17 @@ from xattn.kernels.stages import (
     subtract,
     within,
 )
-from xattn.kernels.walk import clip, edge, edges, keys_of, queries_of, share
+from xattn.kernels.walk import clip, edge, edges, keys_of, queries_of, share, task
+
+
+@triton.jit
+def _delta(out_ptr, out_i, dout_id, dlse_ptr, row, count, HAS_DLSE: tl.constexpr, P: tl.constexpr):
+    """delta (i) = dO . O, less the gradient of the log-sum-exp, which reaches the logits the same way."""
+    out_id = rows(out_ptr, row, out_i, count, True, P)
+    delta_i = tl.sum(out_id.to(tl.float32) * dout_id.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta_i -= numbers(dlse_ptr, row, count, True, P)
+    return delta_i
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -32,18 +43,16 @@ def find_delta(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
-    """delta (b h i) = dO . O, less the gradient of the log-sum-exp, which reaches the logits the same way."""
+    """delta (b h i) by itself."""
     BI: tl.constexpr = P.block_i
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i0 = tl.program_id(0) * BI
     row = tl.arange(0, BI)
-    out_id = rows(out_ptr + b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i, row, out_i, n.n_i - i0, True, P)
     dout_id = rows(dout_ptr + b * dout_b + h * dout_h + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, True, P)
-    delta_i = tl.sum(out_id.to(tl.float32) * dout_id.to(tl.float32), 1)
-    at = (b * n.heads + h) * n.n_i + i0 + row
-    if HAS_DLSE:
-        delta_i -= tl.load(dlse_ptr + at, mask=row < n.n_i - i0, other=0.0)
-    tl.store(delta_ptr + at, delta_i, mask=row < n.n_i - i0)
+    at = (b * n.heads + h) * n.n_i + i0
+    out_ptr += b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i
+    delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr + at, row, n.n_i - i0, HAS_DLSE, P)
+    tl.store(delta_ptr + at + row, delta_i, mask=row < n.n_i - i0)
 
 
 @triton.jit
@@ -117,9 +126,8 @@ def find_dkdv(
     BLOCK_D: tl.constexpr = P.block_d
     GROUP: tl.constexpr = P.group
     groups = n.heads // GROUP
-    g = tl.program_id(0) % groups
-    b = (tl.program_id(0) // groups % n.batch).to(tl.int64)
-    block = first_block + tl.program_id(0) // (groups * n.batch)
+    g, block, b = task(groups, n)
+    block += first_block
     j0 = block * BJ
     row = tl.arange(0, BJ)
     k_at = b * k_b + g * k_g + tl.cast(j0, tl.int64) * k_j
@@ -142,7 +150,7 @@ def find_dkdv(
     in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     # 8 warps have registers to spare for a pipelined edge, 4 have not
-    EDGE_STAGES: tl.constexpr = 1 if P.warps == 4 else None
+    EDGE_STAGES: tl.constexpr = 1 if P.warps == 4 and not P.window else None
     for h in range(g * GROUP, g * GROUP + GROUP):
         q_at = b * q_b + h * q_h
         queries = (
@@ -290,10 +298,10 @@ def _dq_step(
 
 @triton.jit
 def _query_head(
-    b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h,
-    dout_i, n, P: tl.constexpr,
+    b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i,
+    out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Queries, dO and the rest of one head's block."""
+    """Queries, dO and the rest of one head's block; without selection delta is found here."""
     q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
     q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
     far_q_id = q_id
@@ -305,7 +313,12 @@ def _query_head(
     dout_id = rows(dout_ptr + b * dout_b + h * dout_h + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, True, P)
     at = (b * n.heads + h) * n.n_i + i0
     lse_i = numbers(lse_ptr + at, row, n.n_i - i0, True, P)
-    delta_i = numbers(delta_ptr + at, row, n.n_i - i0, True, P)
+    if P.select:
+        delta_i = numbers(delta_ptr + at, row, n.n_i - i0, True, P)
+    else:
+        out_ptr += b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i
+        delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr + at, row, n.n_i - i0, HAS_DLSE, P)
+        tl.store(delta_ptr + at + row, delta_i, mask=row < n.n_i - i0)
     slope = 0.0
     if P.alibi:
         slope = tl.load(slope_ptr + h)
@@ -314,10 +327,12 @@ def _query_head(
 
 @triton.jit(do_not_specialize=["n", "first_block", "dq_first", "dq_part"])
 def find_dq(
-    q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, scratch_ptr, slices_ptr,
-    live_ptr, count_ptr, dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr, doc_j_ptr, walk_ptr,
-    pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, dout_b, dout_h, dout_i,
-    dq_part, dq_b, dq_h, dq_i, dq_first, scratch_b, slice_stride, live_b, first_block, n, P: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, far_q_ptr, ahead_q_ptr, far_k_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr,
+    scratch_ptr, slices_ptr, live_ptr, count_ptr, dq_ptr, far_dq_ptr, ahead_dq_ptr, pos_i_ptr, pos_j_ptr, doc_i_ptr,
+    doc_j_ptr, walk_ptr,
+    pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, out_b, out_h, out_i,
+    dout_b, dout_h, dout_i, dq_part, dq_b, dq_h, dq_i, dq_first, scratch_b, slice_stride, live_b, first_block, n,
+    HAS_DLSE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dS.
 
@@ -329,21 +344,20 @@ def find_dq(
     GROUP: tl.constexpr = P.group
     PAIR: tl.constexpr = P.pair
     pairs = n.heads // PAIR
-    pair = tl.program_id(0) % pairs
-    b = (tl.program_id(0) // pairs % n.batch).to(tl.int64)
-    block = first_block + tl.num_programs(0) // (pairs * n.batch) - 1 - tl.program_id(0) // (pairs * n.batch)
+    pair, block, b = task(pairs, n)
+    block = first_block + tl.num_programs(0) // (pairs * n.batch) - 1 - block
     h = pair * PAIR
     i0 = block * BI
     row = tl.arange(0, BI)
     first = _query_head(
-        b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b, dout_h,
-        dout_i, n, P,
+        b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i,
+        out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE, P,
     )  # fmt: skip
     second = first
     if PAIR == 2:
         second = _query_head(
-            b, h + 1, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i, dout_b,
-            dout_h, dout_i, n, P,
+            b, h + 1, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b,
+            q_h, q_i, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE, P,
         )  # fmt: skip
     pos_ptr, doc_ptr = pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b
     k_at = b * k_b + h // GROUP * k_g
@@ -383,7 +397,8 @@ def find_dq(
             )  # fmt: skip
     else:
         lo, hi = share(0, edges(walk, BJ, P), part, parts, 1)
-        for step in tl.range(lo, hi, num_stages=1):
+        STAGES: tl.constexpr = None if P.window and not P.stored else 1
+        for step in tl.range(lo, hi, num_stages=STAGES):
             j0 = edge(step, walk, BJ, P)
             dq, far_dq, ahead_dq, other_dq = _dq_step(
                 (dq, far_dq, ahead_dq), other_dq, first, second, i_at, first_keys, second_keys, scratch, k_j, v_j, j0, n,

@@ -24,7 +24,7 @@ from xattn.kernels.stages import (
     weigh,
     within,
 )
-from xattn.kernels.walk import edge, edges, keys_of, zone
+from xattn.kernels.walk import edge, edges, keys_of, task, zone
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _zone(state, q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, Z
             acc, total, top = _edge((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE, MASK, P)
     else:
         walk = zone(walk, ZONE, P)
-        STAGES: tl.constexpr = None if P.extend == 1 and not P.stored else 1
+        STAGES: tl.constexpr = None if (P.extend == 1 or P.window) and not P.stored else 1
         for step in tl.range(0, edges(walk, BJ, P), num_stages=STAGES):
             j0 = edge(step, walk, BJ, P)
             acc, total, top = _edge((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE, True, P)
@@ -113,15 +113,13 @@ def forward(
     k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, out_b, out_h, out_i, scratch_b, live_b,
     first_block, n, P: tl.constexpr,
 ):  # fmt: skip
-    """Output and base-2 log-sum-exp (b h i) of the blocks of queries from first_block on; the last, heaviest, first."""
+    """Output and base-2 log-sum-exp (b h i) of the blocks of queries from first_block on."""
     BI: tl.constexpr = P.block_i
     BLOCK_D: tl.constexpr = P.block_d
     GROUP: tl.constexpr = P.group
-    # heads fastest: they share F in the L2 cache
-    programs = n.heads * n.batch
-    h = tl.program_id(0) % n.heads
-    b = (tl.program_id(0) // n.heads % n.batch).to(tl.int64)
-    block = first_block + tl.num_programs(0) // programs - 1 - tl.program_id(0) // programs
+    h, block, b = task(n.heads, n)
+    # the last, heaviest, first
+    block = first_block + tl.num_programs(0) // (n.heads * n.batch) - 1 - block
     i0 = block * BI
     row = tl.arange(0, BI)
     q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i

@@ -329,10 +329,12 @@ def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tenso
 
 
 class _Rows(NamedTuple):
-    """What the backward knows of each query: dout (b h i d); lse and delta (b h i) float32."""
+    """What the backward knows of each query: out, dout (b h i d); lse, its gradient or None, and delta (b h i) float32."""
 
+    out: Tensor
     dout: Tensor
     lse: Tensor
+    dlse: Tensor | None
     delta: Tensor
 
 
@@ -344,15 +346,17 @@ def run_backward(
     x, n, parts = call.x, call.n, call.parts
     b, h, n_i, d = x.q.shape
     g, n_j = x.k.shape[1:3]
-    y = _Rows(dout=laid_out(dout), lse=lse, delta=torch.empty_like(lse))
-    backward.find_delta[(-(-n_i // 64), h, b)](
-        out, y.dout, y.delta if dlse is None else dlse.contiguous(), y.delta, *out.stride()[:3], *y.dout.stride()[:3], n,
-        HAS_DLSE=dlse is not None, P=parts, num_warps=4,
-    )  # fmt: skip
+    y = _Rows(
+        out=out, dout=laid_out(dout), lse=lse, dlse=None if dlse is None else dlse.contiguous(), delta=torch.empty_like(lse)
+    )
     grads = {"q": heads_last(b, h, n_i, d, x.q), "k": heads_last(b, g, n_j, d, x.k), "v": heads_last(b, g, n_j, d, x.v)}
     grads |= {name: heads_last(b, h, n_i, d, x.q) for name in ("far_q", "ahead_q") if getattr(x, name) is not None}
     grads |= {"far_k": heads_last(b, g, n_j, d, x.k)} if x.far_k is not None else {}
     if parts.select:
+        backward.find_delta[(-(-n_i // 64), h, b)](
+            y.out, y.dout, y.delta if y.dlse is None else y.dlse, y.delta, *y.out.stride()[:3], *y.dout.stride()[:3], n,
+            HAS_DLSE=y.dlse is not None, P=parts, num_warps=4,
+        )  # fmt: skip
         carry = call.carries(carry if carry.numel() else None)
         suffix = torch.empty(b, call.segments, n.blocks * 64, device=x.q.device, dtype=torch.float32)
         for first, last in call.chunks(4096 * call.penalty_dtype.itemsize, by_keys=True):
@@ -362,9 +366,9 @@ def run_backward(
         backward.sum_after[(n.blocks, b)](suffix, suffix.stride(0), suffix.stride(1), call.segments, num_warps=2)
         _dq_and_selection(call, grads, carry, suffix, y)
     else:
-        _dkdv(call, grads, x.q, 0, n.blocks, y, None)
         into = {name: grads[name][None] for name in ("q", "far_q", "ahead_q") if name in grads}
         _dq(call, into, x.q, x.q, 0, n.blocks, y)
+        _dkdv(call, grads, x.q, 0, n.blocks, y, None)
     if x.sink is not None:
         sink_bhi = torch.exp2(x.sink.float()[:, None] * LOG2E - lse)
         # a row that saw nothing is 0 whatever the sink
@@ -399,7 +403,7 @@ def _dkdv(call: _Call, grads: dict[str, Tensor], scratch: Tensor, first: int, la
 
 
 def _dq(call: _Call, into: dict[str, Tensor], scratch: Tensor, slices: Tensor, first: int, last: int, y: _Rows) -> None:
-    """dQ of the queries of blocks first to last; `into` (parts b h i d) starts at their first."""
+    """dQ of the queries of blocks first to last, without selection delta too; `into` (parts b h i d) starts at their first."""
     x, n = call.x, call.n
     t, parts, how = call.tile("dq")
     parts = parts._replace(pair=_pair(call))
@@ -407,9 +411,10 @@ def _dq(call: _Call, into: dict[str, Tensor], scratch: Tensor, slices: Tensor, f
     dq = into["q"]
     selected = (scratch.stride(1), slices.stride(0)) if parts.select else (0, 0)
     backward.find_dq[(max(blocks, 0) * n.batch * (n.heads // parts.pair), dq.shape[0])](
-        x.q, x.k, x.v, *call.far, y.dout, y.lse, y.delta, call.slopes, scratch, slices, *call.live, dq, into.get("far_q", dq),
-        into.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *y.dout.stride()[:3],
-        *dq.stride()[:4], first * 64, *selected, call.live_b, first * 64 // t.block_i, n._replace(first=first), P=parts, **how,
+        x.q, x.k, x.v, *call.far, y.out, y.dout, y.lse, y.delta if y.dlse is None else y.dlse, y.delta, call.slopes, scratch,
+        slices, *call.live, dq, into.get("far_q", dq), into.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3],
+        *x.k.stride()[:3], *x.v.stride()[:3], *y.out.stride()[:3], *y.dout.stride()[:3], *dq.stride()[:4], first * 64, *selected,
+        call.live_b, first * 64 // t.block_i, n._replace(first=first), HAS_DLSE=y.dlse is not None, P=parts, **how,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ _HALF: dict[tuple[str, str], tuple[Tile, Tile, Tile]] = {
     ("forward", "plain"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     ("forward", "window"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     ("forward", "select"): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 1)),
-    ("forward", "extend"): (Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 8, 1)),
+    ("forward", "extend"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "plain"): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "window"): (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 8, 1)),
     ("dkdv", "select"): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 1)),

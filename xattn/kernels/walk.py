@@ -28,6 +28,18 @@ _SPARE = 4
 
 
 @triton.jit
+def task(heads, n):
+    """Which head, block and row of the batch a program takes: (head, block, row).
+
+    Heads go fastest, for they share F in the L2 cache; rows slowest, so that the programs that run at a time read few of them:
+    with more keys and values than the cache holds, each would come from memory again for every block of queries.
+    """
+    at = tl.program_id(0) // heads
+    blocks = tl.num_programs(0) // (heads * n.batch)
+    return tl.program_id(0) % heads, at % blocks, (at // blocks).to(tl.int64)
+
+
+@triton.jit
 def _up(x, step):
     return (x + step - 1) // step * step
 
