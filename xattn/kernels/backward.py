@@ -29,19 +29,18 @@ from xattn.kernels.walk import clip, edge, edges, keys_of, queries_of, share, ta
 
 
 @triton.jit
-def _delta(out_ptr, out_i, dout_id, dlse_ptr, row, count, HAS_DLSE: tl.constexpr, P: tl.constexpr):
+def _delta(out_ptr, out_i, dout_id, dlse_ptr, dlse_at, row, count, P: tl.constexpr):
     """delta (i) = dO . O, less the gradient of the log-sum-exp, which reaches the logits the same way."""
     out_id = rows(out_ptr, row, out_i, count, True, P)
     delta_i = tl.sum(out_id.to(tl.float32) * dout_id.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta_i -= numbers(dlse_ptr, row, count, True, P)
+    if dlse_ptr is not None:
+        delta_i -= numbers(dlse_ptr + dlse_at, row, count, True, P)
     return delta_i
 
 
 @triton.jit(do_not_specialize=["n"])
 def find_delta(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr,
-    P: tl.constexpr,
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, P: tl.constexpr,
 ):  # fmt: skip
     """delta (b h i) by itself."""
     BI: tl.constexpr = P.block_i
@@ -51,7 +50,7 @@ def find_delta(
     dout_id = rows(dout_ptr + b * dout_b + h * dout_h + tl.cast(i0, tl.int64) * dout_i, row, dout_i, n.n_i - i0, True, P)
     at = (b * n.heads + h) * n.n_i + i0
     out_ptr += b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i
-    delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr + at, row, n.n_i - i0, HAS_DLSE, P)
+    delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr, at, row, n.n_i - i0, P)
     tl.store(delta_ptr + at + row, delta_i, mask=row < n.n_i - i0)
 
 
@@ -63,10 +62,10 @@ def _dkdv_step(
     BI: tl.constexpr = P.block_i
     dk, far_dk, dv = state
     k_jd, far_k_jd, v_jd = kv
-    pos_j, doc_j, slope, kb, column_ptr, column_i = j_at
-    q_ptr, far_q_ptr, ahead_q_ptr, dout_ptr, lse_ptr, delta_ptr, scratch_ptr, pos_ptr, doc_ptr = queries
+    pos_j, doc_j, slope, kb, column_ptr, column_at, column_i = j_at
+    q_ptr, far_q_ptr, ahead_q_ptr, q_at, dout_ptr, lse_ptr, delta_ptr, scratch_ptr, places = queries
     row = tl.arange(0, BI)
-    q_at = tl.cast(i0, tl.int64) * q_i
+    q_at += tl.cast(i0, tl.int64) * q_i
     q_id = k_jd
     far_q_id = k_jd
     ahead_q_id = k_jd
@@ -76,7 +75,7 @@ def _dkdv_step(
         far_q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, MASK, P)
         if P.extend == 2:
             ahead_q_id = rows(ahead_q_ptr + q_at, row, q_i, n.n_i - i0, MASK, P)
-    pos_i, doc_i = stand(pos_ptr, doc_ptr, i0 + row, n.n_i, P)
+    pos_i, doc_i = stand(places, i0 + row, n.n_i, P)
     pos_i, doc_i = pos_i[None, :], doc_i[None, :]
     lse_i = numbers(lse_ptr + i0, row, n.n_i - i0, MASK, P)
     delta_i = numbers(delta_ptr + i0, row, n.n_i - i0, MASK, P)
@@ -93,7 +92,8 @@ def _dkdv_step(
     dsim_ji = attn_ji * (tl.dot(v_jd, tl.trans(dout_id), input_precision="ieee") - delta_i[None, :])
     if P.select:
         BJ: tl.constexpr = P.block_j
-        tl.store(column_ptr + tl.cast(i0 // BI, tl.int64) * column_i + tl.arange(0, BJ), tl.sum(dsim_ji, 1))
+        column_at += tl.cast(i0 // BI, tl.int64) * column_i
+        tl.store(column_ptr + column_at + tl.arange(0, BJ), tl.sum(dsim_ji, 1))
     if P.softcap:
         dsim_ji = dsim_ji * change_ji
     if ZONE == NEAR:
@@ -137,32 +137,33 @@ def find_dkdv(
         far_k_jd = rows(far_k_ptr + k_at, row, k_j, n.n_j - j0, True, P)
     v_jd = rows(v_ptr + b * v_b + g * v_g + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, True, P)
     kv = (k_jd, far_k_jd, v_jd)
-    pos_j, doc_j = stand(pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, j0 + row, n.n_j, P)
+    pos_j, doc_j = stand((pos_j_ptr, doc_j_ptr, b * pos_j_b), j0 + row, n.n_j, P)
     pos_j, doc_j = pos_j[:, None], doc_j[:, None]
 
     dk = tl.zeros([BJ, BLOCK_D], tl.float32)
     far_dk = tl.zeros([BJ, BLOCK_D], tl.float32)
     dv = tl.zeros([BJ, BLOCK_D], tl.float32)
-    walk = queries_of(block, walk_ptr + b * walk_b, n, P)
+    walk = queries_of(block, walk_ptr, b * walk_b, n, P)
     if P.skip:
         # no query from `end` on sees a living key of this block
         walk = clip(walk, tl.load(last_ptr + b * n.blocks + block))
     in_lo, mid_lo, mid_hi, in_hi = walk[3], walk[4], walk[5], walk[6]
+    if P.select:
+        scratch_ptr += b * scratch_b
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
-    # 8 warps have registers to spare for a pipelined edge, 4 have not
-    EDGE_STAGES: tl.constexpr = 1 if P.warps == 4 and not P.window else None
+    # 8 warps have registers to spare for a pipelined edge, 4 only where an edge is simple
+    EDGE_STAGES: tl.constexpr = 1 if P.warps == 4 and (P.extend > 0 or not P.deep) else None
     for h in range(g * GROUP, g * GROUP + GROUP):
-        q_at = b * q_b + h * q_h
         queries = (
-            q_ptr + q_at, far_q_ptr + q_at, ahead_q_ptr + q_at, dout_ptr + b * dout_b + h * dout_h,
-            lse_ptr + (b * n.heads + h) * n.n_i, delta_ptr + (b * n.heads + h) * n.n_i, scratch_ptr + b * scratch_b,
-            pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b,
+            q_ptr, far_q_ptr, ahead_q_ptr, b * q_b + h * q_h, dout_ptr + b * dout_b + h * dout_h,
+            lse_ptr + (b * n.heads + h) * n.n_i, delta_ptr + (b * n.heads + h) * n.n_i, scratch_ptr,
+            (pos_i_ptr, doc_i_ptr, b * pos_i_b),
         )  # fmt: skip
         slope = 0.0
         if P.alibi:
             slope = tl.load(slope_ptr + h)
-        column = column_ptr + b * column_b + h * tl.cast(column_h, tl.int64) + (block - first_block) * BJ
-        j_at = (pos_j, doc_j, slope, j0 // 64, column, column_i)
+        column_at = b * column_b + h * tl.cast(column_h, tl.int64) + (block - first_block) * BJ
+        j_at = (pos_j, doc_j, slope, j0 // 64, column_ptr, column_at, column_i)
         for step in tl.range(0, edges(walk, BI, P), num_stages=EDGE_STAGES):
             i0 = edge(step, walk, BI, P)
             dk, far_dk, dv = _dkdv_step((dk, far_dk, dv), kv, j_at, queries, q_i, dout_i, i0, n, EDGE, True, P)
@@ -192,7 +193,7 @@ def sum_columns(
     TILES: tl.constexpr = SEG * 64 // BI
     c, seg, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     kb = first_block + c
-    walk = queries_of(kb * 64 // BJ, walk_ptr + b * walk_b, n, P)
+    walk = queries_of(kb * 64 // BJ, walk_ptr, b * walk_b, n, P)
     lo, hi = walk[2], walk[7]
     if P.skip:
         hi = tl.minimum(hi, tl.load(last_ptr + b * n.blocks + kb))
@@ -229,9 +230,9 @@ def _dq_head(
     dq, far_dq, ahead_dq = state
     q, dout_id, lse_i, delta_i, slope = head
     pos_i, doc_i, qb = i_at
-    k_ptr, far_k_ptr, v_ptr, pos_ptr, doc_ptr = keys
+    k_ptr, far_k_ptr, head_at, v_ptr, places = keys
     row = tl.arange(0, BJ)
-    k_at = tl.cast(j0, tl.int64) * k_j
+    k_at = head_at + tl.cast(j0, tl.int64) * k_j
     k_jd = q[0]
     far_k_jd = q[0]
     if ZONE != FAR:
@@ -239,7 +240,7 @@ def _dq_head(
     if ZONE != NEAR:
         far_k_jd = rows(far_k_ptr + k_at, row, k_j, n.n_j - j0, MASK, P)
     v_jd = rows(v_ptr + tl.cast(j0, tl.int64) * v_j, row, v_j, n.n_j - j0, MASK, P)
-    pos_j, doc_j = stand(pos_ptr, doc_ptr, j0 + row, n.n_j, P)
+    pos_j, doc_j = stand(places, j0 + row, n.n_j, P)
     pos_j, doc_j = pos_j[None, :], doc_j[None, :]
 
     sim_ij = logits(q, (k_jd, far_k_jd), pos_i, pos_j, n, ZONE, False, P)
@@ -299,7 +300,7 @@ def _dq_step(
 @triton.jit
 def _query_head(
     b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i,
-    out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE: tl.constexpr, P: tl.constexpr,
+    out_b, out_h, out_i, dout_b, dout_h, dout_i, n, P: tl.constexpr,
 ):  # fmt: skip
     """Queries, dO and the rest of one head's block; without selection delta is found here."""
     q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
@@ -317,7 +318,7 @@ def _query_head(
         delta_i = numbers(delta_ptr + at, row, n.n_i - i0, True, P)
     else:
         out_ptr += b * out_b + h * out_h + tl.cast(i0, tl.int64) * out_i
-        delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr + at, row, n.n_i - i0, HAS_DLSE, P)
+        delta_i = _delta(out_ptr, out_i, dout_id, dlse_ptr, at, row, n.n_i - i0, P)
         tl.store(delta_ptr + at + row, delta_i, mask=row < n.n_i - i0)
     slope = 0.0
     if P.alibi:
@@ -332,7 +333,7 @@ def find_dq(
     doc_j_ptr, walk_ptr,
     pos_i_b, pos_j_b, walk_b, q_b, q_h, q_i, k_b, k_g, k_j: tl.constexpr, v_b, v_g, v_j: tl.constexpr, out_b, out_h, out_i,
     dout_b, dout_h, dout_i, dq_part, dq_b, dq_h, dq_i, dq_first, scratch_b, slice_stride, live_b, first_block, n,
-    HAS_DLSE: tl.constexpr, P: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries of one head, or of a pair of heads that share F; with selection also their slice of dS.
 
@@ -351,28 +352,31 @@ def find_dq(
     row = tl.arange(0, BI)
     first = _query_head(
         b, h, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b, q_h, q_i,
-        out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE, P,
+        out_b, out_h, out_i, dout_b, dout_h, dout_i, n, P,
     )  # fmt: skip
     second = first
     if PAIR == 2:
         second = _query_head(
             b, h + 1, i0, row, q_ptr, far_q_ptr, ahead_q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, slope_ptr, q_b,
-            q_h, q_i, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, HAS_DLSE, P,
+            q_h, q_i, out_b, out_h, out_i, dout_b, dout_h, dout_i, n, P,
         )  # fmt: skip
-    pos_ptr, doc_ptr = pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b
-    k_at = b * k_b + h // GROUP * k_g
-    first_keys = (k_ptr + k_at, far_k_ptr + k_at, v_ptr + b * v_b + h // GROUP * v_g, pos_ptr, doc_ptr)
-    k_at = b * k_b + (h + PAIR - 1) // GROUP * k_g
-    second_keys = (k_ptr + k_at, far_k_ptr + k_at, v_ptr + b * v_b + (h + PAIR - 1) // GROUP * v_g, pos_ptr, doc_ptr)
-    scratch = (scratch_ptr + b * scratch_b, slices_ptr + tl.cast(pair, tl.int64) * slice_stride + b * scratch_b)
-    pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i0 + row, n.n_i, P)
+    places = (pos_j_ptr, doc_j_ptr, b * pos_j_b)
+    g = h // GROUP
+    first_keys = (k_ptr, far_k_ptr, b * k_b + g * k_g, v_ptr + b * v_b + g * v_g, places)
+    g = (h + PAIR - 1) // GROUP
+    second_keys = (k_ptr, far_k_ptr, b * k_b + g * k_g, v_ptr + b * v_b + g * v_g, places)
+    if P.select:
+        scratch_ptr += b * scratch_b
+        slices_ptr += tl.cast(pair, tl.int64) * slice_stride + b * scratch_b
+    scratch = (scratch_ptr, slices_ptr)
+    pos_i, doc_i = stand((pos_i_ptr, doc_i_ptr, b * pos_i_b), i0 + row, n.n_i, P)
     i_at = (pos_i[:, None], doc_i[:, None], i0 // 64)
 
     dq = tl.zeros([BI, BLOCK_D], tl.float32)
     far_dq = tl.zeros([BI, BLOCK_D], tl.float32)
     ahead_dq = tl.zeros([BI, BLOCK_D], tl.float32)
     other_dq = tl.zeros([BI, BLOCK_D], tl.float32)
-    walk = keys_of(block, walk_ptr + b * walk_b, n, P)
+    walk = keys_of(block, walk_ptr, b * walk_b, n, P)
     part, parts = tl.program_id(1), tl.num_programs(1)
     EDGE: tl.constexpr = BOTH if P.extend > 0 else NEAR
     if P.skip:
@@ -397,7 +401,7 @@ def find_dq(
             )  # fmt: skip
     else:
         lo, hi = share(0, edges(walk, BJ, P), part, parts, 1)
-        STAGES: tl.constexpr = None if P.window and not P.stored else 1
+        STAGES: tl.constexpr = None if P.deep and P.extend == 0 else 1
         for step in tl.range(lo, hi, num_stages=STAGES):
             j0 = edge(step, walk, BJ, P)
             dq, far_dq, ahead_dq, other_dq = _dq_step(

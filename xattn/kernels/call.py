@@ -12,8 +12,9 @@ class Parts(NamedTuple):
     extend: 0, or Self-Extend: 1 causal, 2 both ways. select: selective attention. skip: keys whose penalty has reached a
     threshold are dead, and blocks of them are not visited. band: selection's scratch holds a band beside the diagonal (a
     window without sinks). stored: positions are read, else slot i holds token i. group: query heads that share a key head.
-    exact: votes are summed in float32 throughout. even: lengths are multiples of 128, so no tile is ragged. warps: of the
-    launch. pair: query heads that one program of the dQ kernel takes (they share F); slices: of dS, one a pair.
+    exact: votes are summed in float32 throughout. even: lengths are multiples of 128, so no tile is ragged. deep: edges are
+    many and simple (windows, zones, where slot i holds token i), so they are pipelined. warps: of the launch. pair: query heads
+    that one program of the dQ kernel takes (they share F); slices: of dS, one a pair.
     """
 
     causal: bool
@@ -33,6 +34,7 @@ class Parts(NamedTuple):
     block_d: int
     exact: bool
     even: bool
+    deep: bool
     block_i: int = 64
     block_j: int = 64
     warps: int = 4

@@ -62,7 +62,7 @@ def _turn(k, at, real, n, SPLIT: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _turned(
-    k_ptr, k_j, turn_ptr, j0, n, ZONE: tl.constexpr, SPLIT: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr
+    k_ptr, k_j, turn_ptr, turn_at, j0, n, ZONE: tl.constexpr, SPLIT: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
     """A tile of keys, as `_halves`, at their positions and at their grouped ones: those of both that the zone needs."""
     BJ: tl.constexpr = P.block_j
@@ -83,7 +83,7 @@ def _turned(
             here = here & (d[None, :] < 2 * HALF)
             twin_jd = tl.load(k_ptr + row[:, None] * k_j + twin[None, :], mask=here, other=0.0)
             k = (k[0], tl.where(d[None, :] < HALF, -twin_jd, twin_jd))
-        at = turn_ptr + (j0 + row)[:, None] * HALF + (d % HALF)[None, :]
+        at = turn_ptr + turn_at + (j0 + row)[:, None] * HALF + (d % HALF)[None, :]
         if ZONE != FAR:
             near_k = _turn(k, at, here, n, SPLIT, HALF)
         if ZONE != NEAR:
@@ -105,13 +105,13 @@ def _logits(
 
 
 @triton.jit
-def _seats(pos_ptr, doc_ptr, slot, n, PLAIN: tl.constexpr, P: tl.constexpr):
+def _seats(places, slot, n, PLAIN: tl.constexpr, P: tl.constexpr):
     """Positions and documents of keys; -1 past the last."""
     if PLAIN:
         pos_j = tl.where(slot < n.n_j, slot, -1)
         doc_j = slot
     else:
-        pos_j, doc_j = stand(pos_ptr, doc_ptr, slot, n.n_j, P)
+        pos_j, doc_j = stand(places, slot, n.n_j, P)
     return pos_j, doc_j
 
 
@@ -191,10 +191,8 @@ def decode(
         dead = tl.load(dead_ptr)
     k_ptr += b * k_b + tl.cast(g, tl.int64) * k_g
     v_ptr += b * v_b + tl.cast(g, tl.int64) * v_g
-    turn_ptr += b * turn_b
-    pos_j_ptr += b * pos_j_b
-    doc_j_ptr += b * pos_j_b
-    penalty_ptr += b * penalty_b
+    if P.select:
+        penalty_ptr += b * penalty_b
 
     fronts, lo, hi = _in_sight(pos_m, n, PLAIN, P)
     count = fronts + (tl.maximum(hi - lo, 0) + BJ - 1) // BJ
@@ -220,8 +218,8 @@ def decode(
             stop = end if ZONE == NEAR else far if ZONE == FAR else near
         for step in range(start, stop):
             j0 = tl.where(step < fronts, step * BJ, lo + (step - fronts) * BJ)
-            k = _turned(k_ptr, k_j, turn_ptr, j0, n, ZONE, SPLIT, HALF, P)
-            pos_j, doc_j = _seats(pos_j_ptr, doc_j_ptr, j0 + row, n, PLAIN, P)
+            k = _turned(k_ptr, k_j, turn_ptr, b * turn_b, j0, n, ZONE, SPLIT, HALF, P)
+            pos_j, doc_j = _seats((pos_j_ptr, doc_j_ptr, b * pos_j_b), j0 + row, n, PLAIN, P)
             sim = _logits(q, k, pos_m[:, None], pos_j[None, :], n, ZONE, False, SPLIT, P)
             sim, _ = modify(sim, pos_m[:, None], pos_j[None, :], slope[:, None], n, P)
             if P.select:
@@ -282,8 +280,8 @@ def count(
     j0, b = tl.program_id(0) * BJ, tl.program_id(1).to(tl.int64)
     j = j0 + tl.arange(0, BJ)
     row = tl.arange(0, BI)
-    k = _turned(k_ptr + b * k_b, k_j, turn_ptr + b * turn_b, j0, n, ZONE, SPLIT, HALF, P)
-    pos_j, doc_j = _seats(pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, j, n, PLAIN, P)
+    k = _turned(k_ptr + b * k_b, k_j, turn_ptr, b * turn_b, j0, n, ZONE, SPLIT, HALF, P)
+    pos_j, doc_j = _seats((pos_j_ptr, doc_j_ptr, b * pos_j_b), j, n, PLAIN, P)
     pos_j, doc_j = pos_j[:, None], doc_j[:, None]
     slope = 0.0
     if P.alibi:
@@ -299,7 +297,7 @@ def count(
         far_q = near_q
         if P.extend > 0:
             far_q = _halves(far_q_ptr + q_at, row * q_i, i < n.n_i, SPLIT, HALF, P)
-        pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i, n.n_i, P)
+        pos_i, doc_i = stand((pos_i_ptr, doc_i_ptr, b * pos_i_b), i, n.n_i, P)
         pos_i, doc_i = pos_i[None, :], doc_i[None, :]
         sim_ji = _logits((near_q, far_q, far_q), k, pos_i, pos_j, n, ZONE, True, SPLIT, P)
         sim_ji, _ = modify(sim_ji, pos_i, pos_j, slope, n, P)

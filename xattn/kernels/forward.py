@@ -33,10 +33,10 @@ def _step(state, q_id, i_at, keys, k_j, v_j, j0, n, ZONE: tl.constexpr, MASK: tl
     BJ: tl.constexpr = P.block_j
     acc_id, total_i, top_i = state
     pos_i, doc_i, slope, qb = i_at
-    k_ptr, v_ptr, scratch_ptr, pos_ptr, doc_ptr = keys
+    k_ptr, v_ptr, scratch_ptr, places = keys
     row = tl.arange(0, BJ)
     k_jd = rows(k_ptr + tl.cast(j0, tl.int64) * k_j, row, k_j, n.n_j - j0, MASK, P)
-    pos_j, doc_j = stand(pos_ptr, doc_ptr, j0 + row, n.n_j, P)
+    pos_j, doc_j = stand(places, j0 + row, n.n_j, P)
     pos_j, doc_j = pos_j[None, :], doc_j[None, :]
 
     sim_ij, _ = modify(product(q_id, k_jd, False) * n.scale, pos_i, pos_j, slope, n, P)
@@ -60,7 +60,7 @@ def _edge(state, q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE: tl.constexpr, MASK
         BJ: tl.constexpr = P.block_j
         if P.stored:
             # an empty slot stands at -1, as if before all: it can only make a tile visited
-            pos_j, _ = stand(keys[3], keys[4], j0 + tl.arange(0, BJ), n.n_j, P)
+            pos_j, _ = stand(keys[3], j0 + tl.arange(0, BJ), n.n_j, P)
             touched = reaches(tl.min(i_at[0]), tl.max(i_at[0]), tl.min(pos_j), tl.max(pos_j), n, ZONE, P)
         else:
             touched = reaches(i0, i0 + BI - 1, j0, j0 + BJ - 1, n, ZONE, P)
@@ -89,7 +89,7 @@ def _zone(state, q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, Z
             acc, total, top = _edge((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE, MASK, P)
     else:
         walk = zone(walk, ZONE, P)
-        STAGES: tl.constexpr = None if (P.extend == 1 or P.window) and not P.stored else 1
+        STAGES: tl.constexpr = None if P.deep else 1
         for step in tl.range(0, edges(walk, BJ, P), num_stages=STAGES):
             j0 = edge(step, walk, BJ, P)
             acc, total, top = _edge((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, j0, n, ZONE, True, P)
@@ -125,11 +125,10 @@ def forward(
     q_at = b * q_b + h * q_h + tl.cast(i0, tl.int64) * q_i
     q_id = rows(q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
     k_at = b * k_b + h // GROUP * k_g
-    keys = (
-        k_ptr + k_at, v_ptr + b * v_b + h // GROUP * v_g, scratch_ptr + b * scratch_b, pos_j_ptr + b * pos_j_b,
-        doc_j_ptr + b * pos_j_b,
-    )  # fmt: skip
-    pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, i0 + row, n.n_i, P)
+    if P.select:
+        scratch_ptr += b * scratch_b
+    keys = (k_ptr + k_at, v_ptr + b * v_b + h // GROUP * v_g, scratch_ptr, (pos_j_ptr, doc_j_ptr, b * pos_j_b))
+    pos_i, doc_i = stand((pos_i_ptr, doc_i_ptr, b * pos_i_b), i0 + row, n.n_i, P)
     slope = 0.0
     if P.alibi:
         slope = tl.load(slope_ptr + h)
@@ -138,7 +137,7 @@ def forward(
     acc = tl.zeros([BI, BLOCK_D], tl.float32)
     total = tl.zeros([BI], tl.float32)
     top = tl.full([BI], float("-inf"), tl.float32)
-    walk = keys_of(block, walk_ptr + b * walk_b, n, P)
+    walk = keys_of(block, walk_ptr, b * walk_b, n, P)
     if P.skip:
         segment = i0 // 128
         live_ptr += b * live_b + segment * n.blocks
@@ -146,7 +145,7 @@ def forward(
     # one zone after another, each with its own queries and keys: two at once would take the room of a stage of the pipeline
     acc, total, top = _zone((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, NEAR, P)
     if P.extend > 0:
-        keys = (far_k_ptr + k_at, keys[1], keys[2], keys[3], keys[4])
+        keys = (far_k_ptr + k_at, keys[1], keys[2], keys[3])
         q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
         acc, total, top = _zone((acc, total, top), q_id, i_at, keys, k_j, v_j, i0, walk, live_ptr, count_ptr, n, FAR, P)
         if P.extend == 2:

@@ -6,7 +6,7 @@ Letters: c columns of the scratch (keys of a chunk), t segments of queries.
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -82,13 +82,14 @@ class Options:
 
 
 def parts_of(x: Inputs, o: Options) -> Parts:
-    d = x.q.shape[-1]
+    d, select = x.q.shape[-1], o.sim_head >= 0
     return Parts(
         causal=o.causal, window=o.window > 0, sinks=o.sinks > 0, stored=x.pos_i is not None, docs=x.doc_i is not None,
         softcap=o.cap > 0, alibi=x.slopes is not None, extend=0 if o.near == 0 else 1 if o.causal else 2,
-        select=o.sim_head >= 0, skip=x.dead is not None, band=o.sim_head >= 0 and o.window > 0 and o.sinks == 0,
+        select=select, skip=x.dead is not None, band=select and o.window > 0 and o.sinks == 0,
         sink_logits=x.sink is not None, group=x.q.shape[1] // x.k.shape[1], d=d, block_d=max(16, triton.next_power_of_2(d)),
         exact=x.q.dtype == torch.float32 or INTERPRETED, even=x.q.shape[2] % 128 == 0 and x.k.shape[2] % 128 == 0,
+        deep=(o.window > 0 or o.near > 0 and o.causal) and x.pos_i is None and not select,
     )  # fmt: skip
 
 
@@ -134,10 +135,6 @@ class _Call:
             "extend": self.parts.extend > 0,
         }  # fmt: skip
 
-        def at(t: Tensor | None) -> Tensor:
-            # a kernel that does not need a tensor never looks at it
-            return q if t is None else t
-
         def row(t: Tensor | None) -> int:
             return 0 if t is None or t.shape[0] == 1 else t.stride(0)
 
@@ -145,14 +142,13 @@ class _Call:
         # segments that one program of `fill` and `spread` goes through
         self.coarse = SEGMENT // self.segment
         # what skipping needs, once `carries` has found it: (live, count), last, and live's row
-        self.dead, self.live, self.last, self.live_b = at(x.dead), (q, q), q, 0
-        self.far = (at(x.far_q), at(x.ahead_q), at(x.far_k))
-        self.slopes, self.sink = at(x.slopes), at(x.sink)
+        self.live, self.last, self.live_b = (None, None), None, 0
+        self.far = (x.far_q, x.ahead_q, x.far_k)
         self._spaces: dict[int, Tensor] = {}
         self._most_tiles = 0
-        self.places = (at(x.pos_i), at(x.pos_j), at(x.doc_i), at(x.doc_j))
-        self.by_query = (*self.places, at(x.walk_i), row(x.pos_i), row(x.pos_j), row(x.walk_i))
-        self.by_key = (*self.places, at(x.walk_j), row(x.pos_i), row(x.pos_j), row(x.walk_j))
+        self.places = (x.pos_i, x.pos_j, x.doc_i, x.doc_j)
+        self.by_query = (*self.places, x.walk_i, row(x.pos_i), row(x.pos_j), row(x.walk_i))
+        self.by_key = (*self.places, x.walk_j, row(x.pos_i), row(x.pos_j), row(x.walk_j))
 
     def tile(self, kernel: str) -> tuple[Tile, Parts, dict[str, int]]:
         """A kernel's tile, its structure, and how it is launched."""
@@ -167,13 +163,13 @@ class _Call:
         """How one of selection's own kernels is launched."""
         return small(kernel, block_d=self.parts.block_d, itemsize=self.x.q.element_size(), extend=self.parts.extend > 0)
 
-    @property
-    def selecting(self) -> tuple[Tensor, ...]:
+    @cached_property
+    def selecting(self) -> tuple[Tensor | None, ...]:
         """q, k, far_q, far_k of the selecting head, and the slopes."""
         h = self.o.sim_head
         g = h // self.parts.group
-        far_q, _, far_k = self.far
-        return self.x.q[:, h], self.x.k[:, g], far_q[:, h], far_k[:, min(g, far_k.shape[1] - 1)], self.slopes
+        far = (None, None) if self.x.far_k is None else (self.x.far_q[:, h], self.x.far_k[:, g])
+        return self.x.q[:, h], self.x.k[:, g], *far, self.x.slopes
 
     @property
     def selecting_strides(self) -> tuple[int, ...]:
@@ -252,12 +248,12 @@ class _Call:
         count = torch.empty(n.batch, self.segments, device=carry.device, dtype=torch.int32)
         parts = self.parts._replace(block_i=self.segment * 64)
         selection.find_live[(-(-n.blocks // self.segment), n.batch)](
-            least, self.dead, live, count, *self.by_query[4:5], self.by_query[7], least.stride(0), live.stride(0), n,
+            least, self.x.dead, live, count, *self.by_query[4:5], self.by_query[7], least.stride(0), live.stride(0), n,
             BLOCKS=triton.next_power_of_2(n.blocks), P=parts, num_warps=4,
         )  # fmt: skip
         segment = torch.arange(self.segments, device=carry.device)[:, None] * self.segment
         # penalties never fall: once dead, dead for good; a block's own segment always visits it
-        alive = (least < self.dead) | (segment <= torch.arange(n.blocks, device=carry.device))
+        alive = (least < self.x.dead) | (segment <= torch.arange(n.blocks, device=carry.device))
         self.last = (alive.sum(dim=1) * (self.segment * 64)).to(torch.int32)
         self.live, self.live_b = (live, count), live.stride(0)
 
@@ -270,7 +266,7 @@ class _Call:
         last_segment = -(-(n.blocks if by_keys else last) // SEGMENT)
         grid = (last - first if by_keys else last, last_segment - first_segment, n.batch)
         selection.fill[grid](
-            *self.selecting, carry, self.dead, self.last, scratch, *self.by_key, *self.selecting_strides, carry.stride(0),
+            *self.selecting, carry, self.x.dead, self.last, scratch, *self.by_key, *self.selecting_strides, carry.stride(0),
             carry.stride(1) * self.coarse, scratch.stride(1), first if by_keys else 0, first_segment,
             n.blocks if by_keys else last, self.o.sim_head, n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts,
             **self.small("fill"),
@@ -313,12 +309,12 @@ def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tenso
     else:
         chunks = [(0, n.blocks)]
     for first, last in chunks:
-        scratch = call.fill(carry, first, last, by_keys=False) if parts.select else x.q
+        scratch = call.fill(carry, first, last, by_keys=False) if parts.select else None
         blocks = -(-(min(last * 64, n_i) - first * 64) // t.block_i)
         if blocks <= 0:
             continue
         forward.forward[(blocks * b * h,)](
-            x.q, x.k, x.v, *call.far, out, lse, call.sink, call.slopes, scratch, *call.live, *call.by_query,
+            x.q, x.k, x.v, *call.far, out, lse, x.sink, x.slopes, scratch, *call.live, *call.by_query,
             *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *out.stride()[:3],
             scratch.stride(1) if parts.select else 0, call.live_b, first * 64 // t.block_i, n._replace(first=first), P=parts,
             **how,
@@ -354,8 +350,8 @@ def run_backward(
     grads |= {"far_k": heads_last(b, g, n_j, d, x.k)} if x.far_k is not None else {}
     if parts.select:
         backward.find_delta[(-(-n_i // 64), h, b)](
-            y.out, y.dout, y.delta if y.dlse is None else y.dlse, y.delta, *y.out.stride()[:3], *y.dout.stride()[:3], n,
-            HAS_DLSE=y.dlse is not None, P=parts, num_warps=4,
+            y.out, y.dout, y.dlse, y.delta, *y.out.stride()[:3], *y.dout.stride()[:3], n,
+    P=parts, num_warps=4,
         )  # fmt: skip
         carry = call.carries(carry if carry.numel() else None)
         suffix = torch.empty(b, call.segments, n.blocks * 64, device=x.q.device, dtype=torch.float32)
@@ -367,8 +363,8 @@ def run_backward(
         _dq_and_selection(call, grads, carry, suffix, y)
     else:
         into = {name: grads[name][None] for name in ("q", "far_q", "ahead_q") if name in grads}
-        _dq(call, into, x.q, x.q, 0, n.blocks, y)
-        _dkdv(call, grads, x.q, 0, n.blocks, y, None)
+        _dq(call, into, None, None, 0, n.blocks, y)
+        _dkdv(call, grads, None, 0, n.blocks, y, None)
     if x.sink is not None:
         sink_bhi = torch.exp2(x.sink.float()[:, None] * LOG2E - lse)
         # a row that saw nothing is 0 whatever the sink
@@ -376,12 +372,14 @@ def run_backward(
     return grads
 
 
-def _dkdv(call: _Call, grads: dict[str, Tensor], scratch: Tensor, first: int, last: int, y: _Rows, sums: Tensor | None) -> None:
+def _dkdv(
+    call: _Call, grads: dict[str, Tensor], scratch: Tensor | None, first: int, last: int, y: _Rows, sums: Tensor | None
+) -> None:
     """dK, dV of the keys of blocks first to last; with selection, the column sums of dS of each segment (b t c)."""
     x, n = call.x, call.n
     t, parts, how = call.tile("dkdv")
     b, h, columns = n.batch, n.heads, (last - first) * 64
-    column = y.delta
+    column = None
     strides = (0, 0, 0)
     if parts.select:
         per_segment = call.segment * 64 // t.block_i
@@ -390,9 +388,8 @@ def _dkdv(call: _Call, grads: dict[str, Tensor], scratch: Tensor, first: int, la
     blocks = -(-(min(last * 64, n.n_j) - first * 64) // t.block_j) if parts.select else -(-n.n_j // t.block_j)
     dk, dv = grads["k"], grads["v"]
     backward.find_dkdv[(max(blocks, 0) * b * x.k.shape[1],)](
-        x.q, x.k, x.v, *call.far, y.dout, y.lse, y.delta, call.slopes, scratch, column, call.last, dk,
-        grads.get("far_k", dk), dv, *call.by_key, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
-        *y.dout.stride()[:3], *dk.stride()[:3],
+        x.q, x.k, x.v, *call.far, y.dout, y.lse, y.delta, x.slopes, scratch, column, call.last, dk, grads.get("far_k"), dv,
+        *call.by_key, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *y.dout.stride()[:3], *dk.stride()[:3],
         scratch.stride(1) if parts.select else 0, *strides, first * 64 // t.block_j, n._replace(first=first), P=parts, **how,
     )  # fmt: skip
     if parts.select:
@@ -402,7 +399,9 @@ def _dkdv(call: _Call, grads: dict[str, Tensor], scratch: Tensor, first: int, la
         )  # fmt: skip
 
 
-def _dq(call: _Call, into: dict[str, Tensor], scratch: Tensor, slices: Tensor, first: int, last: int, y: _Rows) -> None:
+def _dq(
+    call: _Call, into: dict[str, Tensor], scratch: Tensor | None, slices: Tensor | None, first: int, last: int, y: _Rows
+) -> None:
     """dQ of the queries of blocks first to last, without selection delta too; `into` (parts b h i d) starts at their first."""
     x, n = call.x, call.n
     t, parts, how = call.tile("dq")
@@ -411,10 +410,10 @@ def _dq(call: _Call, into: dict[str, Tensor], scratch: Tensor, slices: Tensor, f
     dq = into["q"]
     selected = (scratch.stride(1), slices.stride(0)) if parts.select else (0, 0)
     backward.find_dq[(max(blocks, 0) * n.batch * (n.heads // parts.pair), dq.shape[0])](
-        x.q, x.k, x.v, *call.far, y.out, y.dout, y.lse, y.delta if y.dlse is None else y.dlse, y.delta, call.slopes, scratch,
-        slices, *call.live, dq, into.get("far_q", dq), into.get("ahead_q", dq), *call.by_query, *x.q.stride()[:3],
-        *x.k.stride()[:3], *x.v.stride()[:3], *y.out.stride()[:3], *y.dout.stride()[:3], *dq.stride()[:4], first * 64, *selected,
-        call.live_b, first * 64 // t.block_i, n._replace(first=first), HAS_DLSE=y.dlse is not None, P=parts, **how,
+        x.q, x.k, x.v, *call.far, y.out, y.dout, y.lse, y.dlse, y.delta, x.slopes, scratch, slices, *call.live, dq,
+        into.get("far_q"), into.get("ahead_q"), *call.by_query, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
+        *y.out.stride()[:3], *y.dout.stride()[:3], *dq.stride()[:4], first * 64, *selected, call.live_b,
+        first * 64 // t.block_i, n._replace(first=first), P=parts, **how,
     )  # fmt: skip
 
 
@@ -439,7 +438,7 @@ def _dq_and_selection(call: _Call, grads: dict[str, Tensor], carry: Tensor, suff
     else:
         sums = key_grads
     dk = sums["k"]
-    far_dk = sums.get("far_k", dk)
+    far_dk = sums.get("far_k")
     head_q, head_k, head_far_q, head_far_k, slopes = call.selecting
     q_b, q_i, k_b, k_j = call.selecting_strides
     for first, last in chunks:
@@ -453,7 +452,7 @@ def _dq_and_selection(call: _Call, grads: dict[str, Tensor], carry: Tensor, suff
         else:
             into = {name: torch.empty(shares, *t.shape, device=t.device, dtype=torch.float32) for name, t in mine.items()}
         dq = into["q"][:, :, s]
-        far_dq = into["far_q"][:, :, s] if "far_q" in into else dq
+        far_dq = into["far_q"][:, :, s] if "far_q" in into else None
         scratch = call.fill(carry, first, last, by_keys=False)
         slices = call.scratch(first, last, by_keys=False, dtype=x.q.dtype, slices=slices_count)
         _dq(call, into, scratch, slices, first, last, y)

@@ -86,9 +86,9 @@ def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, 
     skipped = max(0, to_come - u)
     mine = after[:, max(0, u - to_come) :]
     head, g = o.sim_head, o.sim_head // P.group
-    far_q = x.q if x.far_q is None else x.far_q
+    far_q = None if x.far_q is None else x.far_q[:, head]
     decode.count[(-(-n_j // t.block_j), b)](
-        x.q[:, head], x.k[:, g], far_q[:, head], *_at(x, more.turn, x.slopes), carry, penalty, mine, *_places(x, more),
+        x.q[:, head], x.k[:, g], far_q, more.turn, x.slopes, carry, penalty, mine, *_places(x, more),
         x.q.stride(0), x.q.stride(2), x.k.stride(0), x.k.stride(2), carry.stride(0), *penalty.stride()[:2], *mine.stride()[:2],
         head, skipped, n, SPLIT=split, HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
@@ -110,10 +110,9 @@ def _attend(x: Inputs, o: Options, more: Decoding, out: Tensor, penalty: Tensor 
     r = splits(tiles * b, seen)
     lse = torch.empty(r, b, h, n_i, device=out.device, dtype=torch.float32)
     part = out[None] if r == 1 else torch.empty(r, b, h, n_i, d, device=out.device, dtype=torch.float32)
-    far_q, ahead_q, turn, sink, slopes, dead = _at(x, x.far_q, x.ahead_q, more.turn, x.sink, x.slopes, x.dead)
     penalty_at = (0, 0) if penalty is None else penalty.stride()[:2]
     decode.decode[(r, tiles, b)](
-        x.q, x.k, x.v, far_q, ahead_q, turn, part, lse, sink, slopes, *_at(x, penalty), dead, *_places(x, more),
+        x.q, x.k, x.v, x.far_q, x.ahead_q, more.turn, part, lse, x.sink, x.slopes, penalty, x.dead, *_places(x, more),
         *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *part.stride()[:4], lse.stride(0), *penalty_at, n,
         SPLIT=split, HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
@@ -122,11 +121,6 @@ def _attend(x: Inputs, o: Options, more: Decoding, out: Tensor, penalty: Tensor 
             part, lse, out, part.stride(0), lse.stride(0), *out.stride()[:3], r, n, SPLITS=triton.next_power_of_2(r), P=P,
             num_warps=4,
         )  # fmt: skip
-
-
-def _at(x: Inputs, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors; where a kernel does not need one, any other."""
-    return tuple(x.q if t is None else t for t in tensors)
 
 
 def _half(more: Decoding) -> int:
@@ -140,6 +134,6 @@ def _split(more: Decoding, parts: Parts) -> bool:
     return more.turn is not None and half >= 16 and 2 * half == parts.d == parts.block_d
 
 
-def _places(x: Inputs, more: Decoding) -> tuple[Tensor | int, ...]:
+def _places(x: Inputs, more: Decoding) -> tuple[Tensor | int | None, ...]:
     """Positions and documents, and how far apart rows of the batch lie in them and in the table of turns."""
-    return *_at(x, x.pos_i, x.pos_j, x.doc_i, x.doc_j), _row(x.pos_i), _row(x.pos_j), _row(more.turn)
+    return x.pos_i, x.pos_j, x.doc_i, x.doc_j, _row(x.pos_i), _row(x.pos_j), _row(more.turn)

@@ -17,22 +17,22 @@ SEGMENT, SKIP_SEGMENT = 8, 2
 
 
 @triton.jit
-def _keys(k_ptr, far_k_ptr, k_j, pos_ptr, doc_ptr, kb, n, P: tl.constexpr):
-    """Keys, grouped keys, positions and documents of a block of 64."""
+def _keys(k_ptr, far_k_ptr, k_b, k_j, places, b, kb, n, P: tl.constexpr):
+    """Keys, grouped keys, positions and documents of a block of 64 in one row of the batch."""
     j0 = kb * 64
     row = tl.arange(0, 64)
-    k_at = tl.cast(j0, tl.int64) * k_j
+    k_at = b * k_b + tl.cast(j0, tl.int64) * k_j
     k_jd = rows(k_ptr + k_at, row, k_j, n.n_j - j0, True, P)
     far_k_jd = k_jd
     if P.extend > 0:
         far_k_jd = rows(far_k_ptr + k_at, row, k_j, n.n_j - j0, True, P)
-    pos_j, doc_j = stand(pos_ptr, doc_ptr, j0 + row, n.n_j, P)
+    pos_j, doc_j = stand(places, j0 + row, n.n_j, P)
     return k_jd, far_k_jd, pos_j, doc_j
 
 
 @triton.jit
 def _tile(
-    q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, qb, n, TRANSPOSED: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
+    q_ptr, far_q_ptr, q_i, places, key, slope, qb, n, TRANSPOSED: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
     """Votes of one tile, the derivative of the logits that cast them, and the pairs allowed (True where not MASK)."""
     k_jd, far_k_jd, pos_j, doc_j = key
@@ -43,7 +43,7 @@ def _tile(
     far_q_id = q_id
     if P.extend > 0:
         far_q_id = rows(far_q_ptr + q_at, row, q_i, n.n_i - i0, True, P)
-    pos_i, doc_i = stand(pos_ptr, doc_ptr, i0 + row, n.n_i, P)
+    pos_i, doc_i = stand(places, i0 + row, n.n_i, P)
     if TRANSPOSED:
         pos_i, doc_i, pos_j, doc_j = pos_i[None, :], doc_i[None, :], pos_j[:, None], doc_j[:, None]
     else:
@@ -70,12 +70,12 @@ def _unmasked_from(kb, t_lo, t_hi, P: tl.constexpr):
 
 
 @triton.jit
-def _segment(block, seg, walk_ptr, last_ptr, n, SEG: tl.constexpr, P: tl.constexpr):
+def _segment(block, seg, walk_ptr, walk_at, last_ptr, last_at, n, SEG: tl.constexpr, P: tl.constexpr):
     """First tile, and one past the last, of the queries in this segment that may see a living key of the block."""
-    walk = queries_of(block, walk_ptr, n, P)
+    walk = queries_of(block, walk_ptr, walk_at, n, P)
     lo, hi = walk[2], walk[7]
     if P.skip:
-        hi = tl.minimum(hi, tl.load(last_ptr + block))
+        hi = tl.minimum(hi, tl.load(last_ptr + last_at + block))
     return tl.maximum(seg * SEG, lo // 64), tl.minimum((seg + 1) * SEG, (hi + 63) // 64)
 
 
@@ -86,24 +86,23 @@ def count_votes(
 ):  # fmt: skip
     """Votes of the segment of queries before each against each key, (b 1+segments j) float32; q, k are the selecting head's."""
     kb, seg, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    pos_ptr, doc_ptr = pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b
-    key = _keys(
-        k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
-    )  # fmt: skip
+    places = (pos_i_ptr, doc_i_ptr, b * pos_i_b)
+    key = _keys(k_ptr, far_k_ptr, k_b, k_j, (pos_j_ptr, doc_j_ptr, b * pos_j_b), b, kb, n, P)
     slope = 0.0
     if P.alibi:
         slope = tl.load(slope_ptr + head)
     total = tl.zeros([64], tl.float32)
-    walk = queries_of(kb, walk_ptr + b * walk_b, n, P)
+    walk = queries_of(kb, walk_ptr, b * walk_b, n, P)
     t_lo, t_hi = tl.maximum(seg * SEG, walk[2] // 64), tl.minimum((seg + 1) * SEG, (walk[7] + 63) // 64)
     q_ptr += b * q_b
-    far_q_ptr += b * q_b
+    if P.extend > 0:
+        far_q_ptr += b * q_b
     inside = _unmasked_from(kb, t_lo, t_hi, P)
     for t in range(t_lo, inside):
-        cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, True, P)
+        cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, places, key, slope, t, n, True, True, P)
         total += tl.sum(cast, 1)
     for t in range(inside, t_hi):
-        cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, False, P)
+        cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, places, key, slope, t, n, True, False, P)
         total += tl.sum(cast, 1)
     at = part_ptr + b * part_b + tl.cast(seg, tl.int64) * part_s + kb * 64 + tl.arange(0, 64)
     tl.store(at + part_s, total)
@@ -121,7 +120,7 @@ def find_live(
     """
     seg, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kb = tl.arange(0, BLOCKS)
-    walk = keys_of(seg, walk_ptr + b * walk_b, n, P)
+    walk = keys_of(seg, walk_ptr, b * walk_b, n, P)
     seen = (kb * 64 >= walk[2]) & (kb * 64 < walk[7])
     if P.sinks:
         seen = seen | ((kb * 64 >= walk[0]) & (kb * 64 < walk[1]))
@@ -134,11 +133,11 @@ def find_live(
 
 @triton.jit
 def _fill_step(
-    carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, dead, scratch_ptr, n, BY_KEYS: tl.constexpr,
+    carry, t, kb, q_ptr, far_q_ptr, q_i, places, key, slope, dead, scratch_ptr, n, BY_KEYS: tl.constexpr,
     MASK: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """F of one tile, infinite for dead keys, and the carry after it."""
-    cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, t, n, True, MASK, P)
+    cast, _, _ = _tile(q_ptr, far_q_ptr, q_i, places, key, slope, t, n, True, MASK, P)
     i = tl.arange(0, 64)
     earlier = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
     # float16, in which F is stored beside 16-bit inputs, ends at 65504: a key with such a penalty is long dead
@@ -169,13 +168,11 @@ def fill(
     kb = first_block + tl.program_id(0)
     seg = first_segment + tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, last_ptr + b * n.blocks, n, SEG, P)
+    t_lo, t_hi = _segment(kb, seg, walk_ptr, b * walk_b, last_ptr, b * n.blocks, n, SEG, P)
     t_hi = tl.minimum(t_hi, last_block)
     if t_lo < t_hi:
-        pos_ptr, doc_ptr = pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b
-        key = _keys(
-            k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
-        )  # fmt: skip
+        places = (pos_i_ptr, doc_i_ptr, b * pos_i_b)
+        key = _keys(k_ptr, far_k_ptr, k_b, k_j, (pos_j_ptr, doc_j_ptr, b * pos_j_b), b, kb, n, P)
         slope = 0.0
         if P.alibi:
             slope = tl.load(slope_ptr + head)
@@ -184,27 +181,28 @@ def fill(
             dead = tl.load(dead_ptr)
         carry = tl.load(carry_ptr + b * carry_b + tl.cast(seg, tl.int64) * carry_s + kb * 64 + tl.arange(0, 64))
         q_ptr += b * q_b
-        far_q_ptr += b * q_b
+        if P.extend > 0:
+            far_q_ptr += b * q_b
         scratch_ptr += b * scratch_b
         inside = _unmasked_from(kb, t_lo, t_hi, P)
         for t in range(t_lo, inside):
             carry = _fill_step(
-                carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, dead, scratch_ptr, n, BY_KEYS, True, P
+                carry, t, kb, q_ptr, far_q_ptr, q_i, places, key, slope, dead, scratch_ptr, n, BY_KEYS, True, P
             )  # fmt: skip
         for t in range(inside, t_hi):
             carry = _fill_step(
-                carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, dead, scratch_ptr, n, BY_KEYS, False, P
+                carry, t, kb, q_ptr, far_q_ptr, q_i, places, key, slope, dead, scratch_ptr, n, BY_KEYS, False, P
             )  # fmt: skip
 
 
 @triton.jit
 def _spread_step(
-    carry, t, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, slices_ptr, slice_stride, dz_ptr, n, MASK: tl.constexpr,
+    carry, t, kb, q_ptr, far_q_ptr, q_i, places, key, slope, slices_ptr, slice_stride, dz_ptr, n, MASK: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
     """dz of one tile, and the carry before it."""
     SLICES: tl.constexpr = P.slices
-    cast, change, ok = _tile(q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, t, n, False, MASK, P)
+    cast, change, ok = _tile(q_ptr, far_q_ptr, q_i, places, key, slope, t, n, False, MASK, P)
     base = slot(t, kb, n, False, P) * 4096
     packed = tl.arange(0, 4096)
     dsim = tl.load(slices_ptr + base + packed).to(tl.float32)
@@ -237,30 +235,29 @@ def spread(
     """Slices of dS -> the selecting head's gradient dz, tile by tile in rows of 64, from a segment's last tile to its first."""
     kb, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     seg = first_segment + tl.program_id(1)
-    t_lo, t_hi = _segment(kb, seg, walk_ptr + b * walk_b, last_ptr + b * n.blocks, n, SEG, P)
+    t_lo, t_hi = _segment(kb, seg, walk_ptr, b * walk_b, last_ptr, b * n.blocks, n, SEG, P)
     t_hi = tl.minimum(t_hi, last_block)
     if t_lo < t_hi:
-        pos_ptr, doc_ptr = pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b
-        key = _keys(
-            k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
-        )  # fmt: skip
+        places = (pos_i_ptr, doc_i_ptr, b * pos_i_b)
+        key = _keys(k_ptr, far_k_ptr, k_b, k_j, (pos_j_ptr, doc_j_ptr, b * pos_j_b), b, kb, n, P)
         slope = 0.0
         if P.alibi:
             slope = tl.load(slope_ptr + head)
         carry = tl.load(carry_ptr + b * carry_b + tl.cast(seg, tl.int64) * carry_s + kb * 64 + tl.arange(0, 64))
         q_ptr += b * q_b
-        far_q_ptr += b * q_b
+        if P.extend > 0:
+            far_q_ptr += b * q_b
         slices_ptr += b * scratch_b
         dz_ptr += b * scratch_b
         inside = _unmasked_from(kb, t_lo, t_hi, P)
         for back in range(0, t_hi - inside):
             carry = _spread_step(
-                carry, t_hi - 1 - back, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, slices_ptr, slice_stride,
+                carry, t_hi - 1 - back, kb, q_ptr, far_q_ptr, q_i, places, key, slope, slices_ptr, slice_stride,
                 dz_ptr, n, False, P,
             )  # fmt: skip
         for back in range(0, inside - t_lo):
             carry = _spread_step(
-                carry, inside - 1 - back, kb, q_ptr, far_q_ptr, q_i, pos_ptr, doc_ptr, key, slope, slices_ptr, slice_stride,
+                carry, inside - 1 - back, kb, q_ptr, far_q_ptr, q_i, places, key, slope, slices_ptr, slice_stride,
                 dz_ptr, n, True, P,
             )  # fmt: skip
 
@@ -274,10 +271,10 @@ def add_dq(
     BLOCK_D: tl.constexpr = P.block_d
     qb, b = first_block + tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, 64)
-    pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, qb * 64 + i, n.n_i, P)
+    pos_i, doc_i = stand((pos_i_ptr, doc_i_ptr, b * pos_i_b), qb * 64 + i, n.n_i, P)
     dq = tl.zeros([64, BLOCK_D], tl.float32)
     far_dq = tl.zeros([64, BLOCK_D], tl.float32)
-    walk = keys_of(qb, walk_ptr + b * walk_b, n, P)
+    walk = keys_of(qb, walk_ptr, b * walk_b, n, P)
     front_lo, front_hi, lo, hi = walk[0], walk[1], walk[2], walk[7]
     fronts = (tl.maximum(front_hi - front_lo, 0) + 63) // 64
     count = fronts + (tl.maximum(hi - lo, 0) + 63) // 64
@@ -299,9 +296,7 @@ def add_dq(
             kb = tl.where(step < fronts, ahead, kb)
             ahead = tl.load(live_ptr + tl.minimum(step + 1, n.blocks - 1))
         dz = tl.load(dz_ptr + b * scratch_b + slot(qb, kb, n, False, P) * 4096 + i[:, None] * 64 + i[None, :])
-        k_jd, far_k_jd, pos_j, doc_j = _keys(
-            k_ptr + b * k_b, far_k_ptr + b * k_b, k_j, pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb, n, P
-        )  # fmt: skip
+        k_jd, far_k_jd, pos_j, doc_j = _keys(k_ptr, far_k_ptr, k_b, k_j, (pos_j_ptr, doc_j_ptr, b * pos_j_b), b, kb, n, P)
         if P.stored or P.skip and P.window:
             # the walk of these queries may pass tiles in which nobody sees anybody, which were never written
             ok = allowed(pos_i[:, None], pos_j[None, :], doc_i[:, None], doc_j[None, :], n, P)
@@ -329,10 +324,10 @@ def add_dk(
     BLOCK_D: tl.constexpr = P.block_d
     kb, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, 64)
-    pos_j, doc_j = stand(pos_j_ptr + b * pos_j_b, doc_j_ptr + b * pos_j_b, kb * 64 + i, n.n_j, P)
+    pos_j, doc_j = stand((pos_j_ptr, doc_j_ptr, b * pos_j_b), kb * 64 + i, n.n_j, P)
     dk = tl.zeros([64, BLOCK_D], tl.float32)
     far_dk = tl.zeros([64, BLOCK_D], tl.float32)
-    walk = queries_of(kb, walk_ptr + b * walk_b, n, P)
+    walk = queries_of(kb, walk_ptr, b * walk_b, n, P)
     lo, hi = walk[2], walk[7]
     if P.skip:
         hi = tl.minimum(hi, tl.load(last_ptr + b * n.blocks + kb))
@@ -342,7 +337,7 @@ def add_dk(
         q_at = tl.cast(t * 64, tl.int64) * q_i
         q_id = rows(q_ptr + b * q_b + q_at, i, q_i, n.n_i - t * 64, True, P)
         if P.extend > 0:
-            pos_i, doc_i = stand(pos_i_ptr + b * pos_i_b, doc_i_ptr + b * pos_i_b, t * 64 + i, n.n_i, P)
+            pos_i, doc_i = stand((pos_i_ptr, doc_i_ptr, b * pos_i_b), t * 64 + i, n.n_i, P)
             far_q_id = rows(far_q_ptr + b * q_b + q_at, i, q_i, n.n_i - t * 64, True, P)
             far = pos_i[:, None] - pos_j[None, :] >= n.near
             far_dk = tl.dot(tl.trans(tl.where(far, dz, 0.0)), far_q_id, far_dk, input_precision="ieee")

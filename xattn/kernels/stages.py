@@ -60,14 +60,18 @@ def numbers(ptr, at, count, MASK: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def stand(pos_ptr, doc_ptr, slot, count, P: tl.constexpr):
-    """Position and document of each slot: what the layout stored (-1 outside), or simply the slot."""
+def stand(places, slot, count, P: tl.constexpr):
+    """Position and document of each slot: what the layout stored (-1 outside), or simply the slot.
+
+    places: the stored positions and documents, and where this row of the batch begins in them.
+    """
+    pos_ptr, doc_ptr, at = places
     pos = slot
     doc = slot
     if P.stored:
-        pos = tl.load(pos_ptr + slot, mask=slot < count, other=-1)
+        pos = tl.load(pos_ptr + at + slot, mask=slot < count, other=-1)
     if P.docs:
-        doc = tl.load(doc_ptr + slot, mask=slot < count, other=-1)
+        doc = tl.load(doc_ptr + at + slot, mask=slot < count, other=-1)
     return pos, doc
 
 

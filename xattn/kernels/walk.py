@@ -91,12 +91,15 @@ def _stored(ptr, block, BLOCK: tl.constexpr, STEP: tl.constexpr, P: tl.constexpr
 
 
 @triton.jit
-def keys_of(block, ptr, n, P: tl.constexpr):
-    """The keys that the queries of one block may see, as a walk in steps of block_j; zones: far, then near."""
+def keys_of(block, ptr, at, n, P: tl.constexpr):
+    """The keys that the queries of one block may see, as a walk in steps of block_j; zones: far, then near.
+
+    at: where the walks of this row of the batch begin, if they are stored.
+    """
     BI: tl.constexpr = P.block_i
     BJ: tl.constexpr = P.block_j
     if P.stored:
-        walk = _stored(ptr, block, BI, BJ, P)
+        walk = _stored(ptr + at, block, BI, BJ, P)
     else:
         i0 = block * BI
         lo, in_lo, front_hi, hi = 0, 0, 0, n.n_j
@@ -121,12 +124,12 @@ def keys_of(block, ptr, n, P: tl.constexpr):
 
 
 @triton.jit
-def queries_of(block, ptr, n, P: tl.constexpr):
+def queries_of(block, ptr, at, n, P: tl.constexpr):
     """The queries that may see the keys of one block, as a walk in steps of block_i without a front; zones: near, then far."""
     BI: tl.constexpr = P.block_i
     BJ: tl.constexpr = P.block_j
     if P.stored:
-        walk = _stored(ptr, block, BJ, BI, P)
+        walk = _stored(ptr + at, block, BJ, BI, P)
     else:
         j0 = block * BJ
         lo, in_lo, hi = 0, 0, n.n_i
