@@ -113,17 +113,22 @@ def know_triton() -> None:
         backends.BACKENDS = (*backends.BACKENDS, own)
 
 
-def gpu_step(name: str, seq_len: int, *, dry: bool) -> tuple[Callable[[], Tensor], int]:
-    """A compiled training step in bf16 on random bytes, and the model's number of parameters."""
+def gpu_step(name: str, seq_len: int, *, dry: bool, replay: bool = False) -> tuple[Callable[[], Tensor], int]:
+    """A compiled training step in bf16 on random bytes, and the model's number of parameters.
+
+    replay: launches are recorded once and replayed (torch.compile's mode "reduce-overhead"): the host's speed does not count.
+    """
     torch.manual_seed(0)
     sizes, tokens = (DRY_SIZES, DRY_TOKENS) if dry else (GPU_SIZES, GPU_TOKENS)
     model = VARIANTS[name](seq_len, sizes=sizes).to(gpu.device())
     # a graph that broke would cost us the host's time at every layer
-    run = model if dry else torch.compile(model, dynamic=False, fullgraph=name.startswith("xattn"))
+    mode = "reduce-overhead" if replay else None
+    run = model if dry else torch.compile(model, dynamic=False, fullgraph=name.startswith("xattn"), mode=mode)
     optim = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     ids = torch.randint(0, VOCABULARY, (tokens // seq_len, seq_len + 1), device=gpu.device())
 
     def step() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
         # the interpreter knows no bf16
         with nullcontext() if dry else torch.autocast("cuda", torch.bfloat16):
             loss = run(ids)
@@ -135,7 +140,9 @@ def gpu_step(name: str, seq_len: int, *, dry: bool) -> tuple[Callable[[], Tensor
     return step, sum(p.numel() for p in model.parameters())
 
 
-def measure_on_gpu(rows: Rows, *, budget_s: float = 560, dry: bool = False, only: str = "", compile_only: bool = False) -> None:
+def measure_on_gpu(
+    rows: Rows, *, budget_s: float = 560, dry: bool = False, only: str = "", compile_only: bool = False, replay: bool = False
+) -> None:
     """Tokens a second and peak memory of every variant at every length; a row each."""
     start = time.monotonic()
     know_triton()
@@ -147,20 +154,20 @@ def measure_on_gpu(rows: Rows, *, budget_s: float = 560, dry: bool = False, only
                 continue
             tokens = DRY_TOKENS if dry else GPU_TOKENS
             row = {"section": "train", "case": f"N{seq_len} B{tokens // seq_len}", "what": name, "n": seq_len, "pass": "step",
-                   "how": "eager" if dry else "compiled"}  # fmt: skip
+                   "how": "eager" if dry else "compiled, replayed" if replay else "compiled"}  # fmt: skip
             if time.monotonic() - start > budget_s:
                 row["note"] = f"skipped: {budget_s:.0f} s are over"
             else:
-                row |= _measure(name, seq_len, tokens, dry=dry, compile_only=compile_only)
+                row |= _measure(name, seq_len, tokens, dry=dry, compile_only=compile_only, replay=replay)
             rows.add(**row)
             print(f"train      {row['case']:12} {name:26} " + " ".join(f"{k}={row[k]}" for k in row if k not in (
                 "section", "case", "what", "n", "pass")), flush=True)  # fmt: skip
             gpu.forget()
 
 
-def _measure(name: str, seq_len: int, tokens: int, *, dry: bool, compile_only: bool) -> dict[str, Any]:
+def _measure(name: str, seq_len: int, tokens: int, *, dry: bool, compile_only: bool, replay: bool) -> dict[str, Any]:
     try:
-        step, parameters = gpu_step(name, seq_len, dry=dry)
+        step, parameters = gpu_step(name, seq_len, dry=dry, replay=replay)
         begun = time.monotonic()
         loss = [float(step()) for _ in range(1 if compile_only or dry else 4)][-1]
         first_s = round(time.monotonic() - begun, 1)
@@ -208,13 +215,18 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="compiled steps of a byte model of 25 M parameters, in bf16")
     parser.add_argument("--dry", action="store_true", help="with --gpu: a tiny model on the CPU, by the interpreter")
     parser.add_argument("--only", default="", help="with --gpu: variants whose name holds this, as in «selective N4096»")
+    parser.add_argument("--replay", action="store_true", help="with --gpu: launches are replayed (mode «reduce-overhead»)")
+    parser.add_argument("--scratch-mib", type=int, default=256, help="with --gpu: what selection may hold at once")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.gpu:
         if args.dry:
             gpu.go_dry()
         file = None if args.dry or args.compile_only else RESULTS / "attention.jsonl"
-        measure_on_gpu(Rows(file), dry=args.dry, only=args.only, compile_only=args.compile_only)
+        from xattn import scratch_limit
+
+        with scratch_limit(args.scratch_mib * 2**20):
+            measure_on_gpu(Rows(file), dry=args.dry, only=args.only, compile_only=args.compile_only, replay=args.replay)
         return
     if args.peak:
         print(json.dumps(peak_bytes(*args.peak, args.seq_len)))
