@@ -43,6 +43,7 @@ class Corpus:
     """A text's two parts. `token_bytes[v]`: bytes of text that token v stands for; `encode`, `decode`: text to ids and back.
 
     Each is None where the tokeniser cannot say. `task`: makes the sequences, where they are no text; the parts are empty then.
+    `answers(ids_bn, starts_b)`: of sequences that begin at these places of a part, what `Batch.asked_bn` is; None: all counts.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Corpus:
     decode: Callable[[np.ndarray], str] | None = None
     encode: Callable[[bytes], np.ndarray] | None = None
     task: Task | None = None
+    answers: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     def bytes_of(self, ids: np.ndarray) -> int | None:
         """Bytes of text behind these ids."""
@@ -64,7 +66,7 @@ class Corpus:
 class Batch:
     """Sequences of n inputs and their n targets: ids (b, n + 1) int64, doc_ids alike, or None for one document.
 
-    `asked`, alike: of a task, 0 where a token is no answer, else how far back the token stands that decides it.
+    `asked`, alike: where only answers count, 0 for what is none, else how far back the token stands that decides it.
     """
 
     ids_bn: torch.Tensor
@@ -140,7 +142,7 @@ def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_le
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     stride = corpus.train.stride
     places = generator.integers(0, (len(corpus.train) - seq_len - 1) // stride + 1, size=batch_size)
-    return _cut(corpus.train, places * stride, seq_len)
+    return _cut(corpus, corpus.train, places * stride, seq_len)
 
 
 def eval_blocks(corpus: Corpus, *, tokens: int, length: int, longest: int) -> Batch:
@@ -152,7 +154,7 @@ def eval_blocks(corpus: Corpus, *, tokens: int, length: int, longest: int) -> Ba
     if corpus.task is not None:
         return task_blocks(corpus, tokens=tokens, length=length)
     predicted = max(min(tokens, len(corpus.val) - 1) // longest, 1) * longest
-    return _cut(corpus.val, range(0, predicted, length), length)
+    return _cut(corpus, corpus.val, np.arange(0, predicted, length), length)
 
 
 def task_blocks(corpus: Corpus, *, tokens: int, length: int, pairs: int | None = None) -> Batch:
@@ -166,10 +168,12 @@ def _made(examples: Examples) -> Batch:
     return Batch(ids_bn=ids_bn, asked_bn=asked_bn)
 
 
-def _cut(part: Part, starts: Iterator[int] | np.ndarray | range, seq_len: int) -> Batch:
+def _cut(corpus: Corpus, part: Part, starts: np.ndarray, seq_len: int) -> Batch:
     windows = [part.window(int(start), seq_len + 1) for start in starts]
+    ids = np.stack([ids for ids, _ in windows])
     doc_ids = None if part.starts is None else torch.from_numpy(np.stack([docs for _, docs in windows]))
-    return Batch(ids_bn=torch.from_numpy(np.stack([ids for ids, _ in windows])), doc_ids_bn=doc_ids)
+    asked = None if corpus.answers is None else torch.from_numpy(corpus.answers(ids, starts))
+    return Batch(ids_bn=torch.from_numpy(ids), doc_ids_bn=doc_ids, asked_bn=asked)
 
 
 def batches(blocks: Batch, batch_tokens: int) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ import torch
 
 import xattn
 from xattn import ConfigError
-from xattn.experiments.answers import answer_scores, judge_task, score_answers
+from xattn.experiments.answers import answer_scores, judge_task, score_answer_positions, score_answers
 from xattn.experiments.data import Batch, Corpus, batches, equal_parts, eval_blocks
 from xattn.experiments.device import evaluating
 from xattn.experiments.passkey import retrieve
@@ -55,12 +55,10 @@ def judge_all(
                     scores = judge_task(judged, corpus, eval_config, length=length, **where)
                     by_length[name][str(length)], by_position[name][str(length)], task[name][str(length)] = scores
                     continue
-                nll_bn = token_nll(judged, blocks, **where)
+                by_length[name][str(length)], by_position[name][str(length)] = _scored(judged, blocks, corpus, eval_config, where)
             except (ConfigError, xattn.TokenError) as error:
                 by_length[name][str(length)] = passkey[name][str(length)] = task[name][str(length)] = {"error": str(error)}
                 continue
-            by_length[name][str(length)] = score(nll_bn, blocks.ids_bn[:, 1:], corpus)
-            by_position[name][str(length)] = score_positions(nll_bn, buckets=eval_config.position_buckets)
             if eval_config.passkey.trials:
                 before_each()
                 passkey[name][str(length)] = _retrieved(judged, corpus, eval_config, length=length, **where)
@@ -71,6 +69,16 @@ def judge_all(
         "passkey": passkey if eval_config.passkey.trials else None,
         "task": task if corpus.task is not None else None,
     }
+
+
+def _scored(model: Any, blocks: Batch, corpus: Corpus, eval_config: EvalConfig, where: dict[str, Any]) -> tuple[Any, Any]:
+    """The score of these blocks, of their answers where only those count, and the scores of its positions."""
+    buckets = eval_config.position_buckets
+    if blocks.asked_bn is not None:
+        nll_bn, right_bn = answer_scores(model, blocks, **where)
+        return score_answers(nll_bn, right_bn, blocks), score_answer_positions(nll_bn, right_bn, blocks, buckets=buckets)
+    nll_bn = token_nll(model, blocks, **where)
+    return score(nll_bn, blocks.ids_bn[:, 1:], corpus), score_positions(nll_bn, buckets=buckets)
 
 
 def _retrieved(model: Any, corpus: Corpus, eval_config: EvalConfig, **how: Any) -> dict[str, Any]:
@@ -85,10 +93,7 @@ def judge(
 ) -> dict[str, Any]:
     """The score of a model, as it is, on these blocks."""
     where = {"batch_tokens": eval_config.batch_tokens, "device": device, "precision": precision}
-    if corpus.task is not None:
-        return score_answers(*answer_scores(model, blocks, **where), blocks)
-    nll_bn = token_nll(model, blocks, **where)
-    return score(nll_bn, blocks.ids_bn[:, 1:], corpus)
+    return _scored(model, blocks, corpus, eval_config, where)[0]
 
 
 def token_nll(model: Any, blocks: Batch, *, batch_tokens: int, device: torch.device, precision: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ Source: Mohtashami and Jaggi, arXiv 2305.16300, section 4.2; token form after MQ
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class Prompts:
 def passkey_corpus(*, tokens: int, passage: int) -> Corpus:
     """A corpus of passages of `passage` tokens in which keys are asked for, `tokens` of them to train on; always the same one.
 
+    Only `answers` count, in training and in judging.
+
     Raises:
         ConfigError: a passage too short for a pair.
     """
@@ -52,8 +55,30 @@ def passkey_corpus(*, tokens: int, passage: int) -> Corpus:
         ids = passages(generator, count=math.ceil(wanted / passage) + 1, length=passage)
         parts[label] = Part(ids=ids.astype(np.uint8).reshape(-1), stride=passage)
     return Corpus(
-        name="passkeys", tokenizer=TOKENIZER, vocabulary=VOCABULARY, token_bytes=None, decode=_spell, **parts
+        name="passkeys", tokenizer=TOKENIZER, vocabulary=VOCABULARY, token_bytes=None, decode=_spell,
+        answers=partial(answers, passage=passage), **parts,
     )  # fmt: skip
+
+
+def answers(ids_bn: np.ndarray, starts_b: np.ndarray, *, passage: int) -> np.ndarray:
+    """For each value that its passage has said before, how far back it did last; 0 elsewhere. int64 (b, n).
+
+    starts_b: where in the corpus the sequences begin. Only these can be known: among all tokens they drown in filler, and a
+    tiny model that is taught by all of them looks for a key with one seed in three.
+    """
+    places = starts_b[:, None] + np.arange(ids_bn.shape[1])
+    key = np.roll(ids_bn, 1, axis=1) - FILLERS
+    said = (ids_bn >= FILLERS + KEYS) & (key >= 0) & (key < KEYS)
+    said[:, 0] = False
+    at = np.flatnonzero(said)
+    # the sequence, the passage in it, the key
+    rows = np.repeat(np.arange(len(ids_bn)), said.sum(axis=1))
+    which = (rows * (places.max() // passage + 1) + places.flat[at] // passage) * KEYS + key.flat[at]
+    order = np.argsort(which, kind="stable")
+    again = which[order[1:]] == which[order[:-1]]
+    asked = np.zeros_like(ids_bn)
+    asked.flat[at[order[1:]][again]] = (at[order[1:]] - at[order[:-1]])[again]
+    return asked
 
 
 def _spell(ids: np.ndarray) -> str:

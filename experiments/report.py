@@ -37,8 +37,9 @@ def notes(rows: Sequence[Row], *, param_tolerance: float, anywhere: bool = False
         "KV bytes a token: predicted; a 16-bit cache of one sequence of the trained length, over that length.",
         "Tokens/s: of the median step; whatever else ran on the machine has slowed it.",
     ]
-    if result.get("task"):
-        lines.append("A task: loss, perplexity and judged tokens are of the answers alone; each length has sequences of its own.")
+    if "accuracy" in result["val"]:
+        own = "; each length has sequences of its own" if result.get("task") else ""
+        lines.append(f"Loss, perplexity and judged tokens are of the answers alone{own}.")
     if any(row.values("memory", "train_peak_bytes") for row in done):
         lines.append(
             "Train peak: one step of the run's micro-batch with optimiser state; infer peak: one evaluation of that shape; "

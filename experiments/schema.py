@@ -419,14 +419,17 @@ class RunConfig:
         factors, task = self.eval.pair_factors, self.data.task.settled(self.trainer.seq_len)
         if factors and (self.data.source != "task" or task.pairs is None):
             raise ConfigError(f"eval.pair_factors={list(factors)} has no effect: the data has no pairs; use data=mqar")
+        judged = self.data.source in ("task", "passkey")
+        for name, asked in (("passkey.trials", self.eval.passkey.trials), ("kv_budgets", self.eval.kv_budgets)):
+            if asked and judged and (name, self.data.source) != ("passkey.trials", "passkey"):
+                raise ConfigError(
+                    f"eval.{name}={asked} is for texts, and data.source={self.data.source} is judged by its answers; drop it"
+                )
         if self.data.source != "task":
             return
         task.check_room(self.trainer.seq_len, task.pairs)
         if task.pairs is not None:
             task.check_names(task.pairs * max(factors, default=1))
-        for name, asked in (("passkey.trials", self.eval.passkey.trials), ("kv_budgets", self.eval.kv_budgets)):
-            if asked:
-                raise ConfigError(f"eval.{name}={asked} is for texts, and data.source=task is judged by its answers; drop it")
 
 
 @dataclass(kw_only=True)

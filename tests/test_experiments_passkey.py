@@ -11,7 +11,7 @@ from test_experiments_run import tiny
 import xattn
 from xattn import ConfigError
 from xattn.experiments import passkey, record
-from xattn.experiments.data import Corpus, train_batch
+from xattn.experiments.data import Corpus, eval_blocks, train_batch
 from xattn.experiments.judge import judge_all
 from xattn.experiments.launch import launch
 from xattn.experiments.passkey import FILLERS, KEYS, VOCABULARY, passkey_corpus, prompts, retrieve
@@ -180,6 +180,23 @@ def test_sequences_to_train_on_are_whole_passages() -> None:
     assert corpus.decode(np.array([0, FILLERS, FILLERS + KEYS])) == ". k0 v0"
 
 
+@pytest.mark.parametrize("length", [32, 64, 256])
+def test_only_values_that_their_passage_has_said_before_are_answers(corpora, length: int) -> None:
+    corpus = corpora["token"]
+    blocks = eval_blocks(corpus, tokens=1024, length=length, longest=256)
+    for number, (ids, asked) in enumerate(zip(blocks.ids_bn.tolist(), blocks.asked_bn.tolist(), strict=True)):
+        last: dict[tuple[int, int], int] = {}
+        for i, (token, back) in enumerate(zip(ids, asked, strict=True)):
+            pair = ((number * length + i) // 64, ids[i - 1])
+            is_value = i > 0 and token >= FILLERS + KEYS > ids[i - 1] >= FILLERS
+            assert back == (i - last[pair] if is_value and pair in last else 0)
+            if is_value:
+                last[pair] = i
+    batch = train_batch(corpus, seed=0, step=0, batch_size=8, seq_len=64)
+    # a pair for 16 tokens, said four times: three of them can be known
+    assert (batch.counts_bn[:, :64].sum(dim=1) == 4 * 3).all()
+
+
 def test_no_room_for_a_key_says_what_to_do(corpora) -> None:
     with pytest.raises(ConfigError, match="use a longer trainer.seq_len"):
         prompts(corpora["text"], ASKED, length=40, depth=0.5)
@@ -199,6 +216,7 @@ def test_no_room_for_a_key_says_what_to_do(corpora) -> None:
         (RunConfig(data=DataConfig(source="bin", path="x"), eval=EvalConfig(passkey=ASKED)), "data.source=text"),
         (RunConfig(data=DataConfig(source="passkey", path="x")), "data.source is passkey"),
         (RunConfig(data=DataConfig(passage_tokens=64)), "data.passage_tokens=64 has no effect"),
+        (RunConfig(data=DataConfig(source="passkey"), eval=EvalConfig(kv_budgets=[8])), "judged by its answers"),
         (RunConfig(data=DataConfig(source="passkey", tokenizer="bpe")), "data.tokenizer=bpe has no effect"),
     ],
 )
@@ -219,6 +237,7 @@ def test_a_run_records_retrieval_with_and_without_each_extension(tmp_path) -> No
     result = launch(config, tmp_path)
     assert result["passkey"] == record.read_result(tmp_path)["passkey"] and result["data"]["tokenizer"] == "passkey"
     lengths = result["passkey"]["none"]
+    assert 0 <= result["val"]["accuracy"] <= 1 and result["val"]["tokens"] < 0.4 * config.eval.tokens
     assert set(result["passkey"]) == {"none", "self_extend", "impossible"} and set(lengths) == {"32", "64"}
     for name in ("none", "self_extend"):
         for entry in result["passkey"][name].values():
