@@ -41,13 +41,13 @@ def score_answers(nll_bn: torch.Tensor, right_bn: torch.Tensor, blocks: Batch) -
     """
     counts_bn = blocks.counts_bn[:, 1:]
     answers = int(counts_bn.sum())
-    loss = float(nll_bn.sum()) / answers
+    loss = float(nll_bn[counts_bn].sum()) / answers
     return {
         "loss_nats": loss,
         "ppl": float(torch.tensor(loss, dtype=torch.float64).exp()),
         "bpb": None,
         "tokens": answers,
-        "accuracy": int(right_bn.sum()) / answers,
+        "accuracy": int(right_bn[counts_bn].sum()) / answers,
         "exact": float((right_bn | ~counts_bn).all(dim=1).double().mean()),
     }
 

@@ -135,7 +135,8 @@ def _show(judged: dict[str, Any], *, name: str, backend: str, flags: dict[str, A
         if "error" in entry:
             say(f"  kv_budget {budget}: not possible: {entry['error']}")
         else:
-            say(f"  kv_budget {budget}: perplexity {entry['ppl']:.3f}, {entry['kv_bytes_per_token']:,.0f} KV bytes a token")
+            kv = f"{entry['kv_bytes_per_token']:,.0f} KV bytes a token"
+            say(f"  kv_budget {budget}: perplexity {entry['ppl']:.3f}{_answers(entry)}, {kv}")
     _show_decode(judged["decode"])
 
 

@@ -72,13 +72,20 @@ def judge_all(
 
 
 def _scored(model: Any, blocks: Batch, corpus: Corpus, eval_config: EvalConfig, where: dict[str, Any]) -> tuple[Any, Any]:
-    """The score of these blocks, of their answers where only those count, and the scores of its positions."""
+    """The score of these blocks, and the scores of its positions."""
     buckets = eval_config.position_buckets
-    if blocks.asked_bn is not None:
-        nll_bn, right_bn = answer_scores(model, blocks, **where)
-        return score_answers(nll_bn, right_bn, blocks), score_answer_positions(nll_bn, right_bn, blocks, buckets=buckets)
-    nll_bn = token_nll(model, blocks, **where)
-    return score(nll_bn, blocks.ids_bn[:, 1:], corpus), score_positions(nll_bn, buckets=buckets)
+    if blocks.asked_bn is None:
+        nll_bn = token_nll(model, blocks, **where)
+        return score_blocks(nll_bn, None, blocks, corpus), score_positions(nll_bn, buckets=buckets)
+    nll_bn, right_bn = answer_scores(model, blocks, **where)
+    return score_blocks(nll_bn, right_bn, blocks, corpus), score_answer_positions(nll_bn, right_bn, blocks, buckets=buckets)
+
+
+def score_blocks(nll_bn: torch.Tensor, right_bn: torch.Tensor | None, blocks: Batch, corpus: Corpus) -> dict[str, Any]:
+    """The score of all tokens or, where only answers count, of those; `right_bn`, which of them are right, is wanted then."""
+    if blocks.asked_bn is None:
+        return score(nll_bn, blocks.ids_bn[:, 1:], corpus)
+    return score_answers(nll_bn, right_bn, blocks)
 
 
 def _retrieved(model: Any, corpus: Corpus, eval_config: EvalConfig, **how: Any) -> dict[str, Any]:

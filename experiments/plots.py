@@ -13,7 +13,7 @@ from xattn.experiments.plot_length import paint_length, paint_position
 from xattn.experiments.plot_loss import paint_loss
 from xattn.experiments.plot_task import paint_task
 from xattn.experiments.record import say
-from xattn.experiments.tables import MIB, pruned
+from xattn.experiments.tables import MIB, pruned, pruned_measure, pruned_places
 
 # inches of a picture that a caption does not fit into on one line, beside the legend
 _NARROW = 8.0
@@ -38,7 +38,7 @@ def draw(rows: Sequence[Row], folder: Path, *, curves: dict[str, dict[str, Curve
             ("length.png", "Quality against evaluation length", paint_length),
             ("position.png", "Loss by position in the longest evaluated context", paint_position),
             ("memory.png", "Quality against memory: lower left is better", paint_memory),
-            ("kv_bytes.png", "Perplexity against KV bytes: lower left is better", paint_kv_bytes),
+            ("kv_bytes.png", _kv_bytes_caption(done), paint_kv_bytes),
         ]
         about = {"rows": done, "looks": looks}
         pictures = [(name, _over_seeds(caption, done), partial(paint, **about)) for name, caption, paint in trained]
@@ -51,6 +51,11 @@ def draw(rows: Sequence[Row], folder: Path, *, curves: dict[str, dict[str, Curve
         else:
             (folder / name).unlink(missing_ok=True)  # of an earlier report: it would stand beside numbers it is not of
     return written
+
+
+def _kv_bytes_caption(rows: Sequence[Row]) -> str:
+    judged, label = pruned_measure(rows)
+    return f"{label.capitalize()} against KV bytes: {'lower' if judged == 'ppl' else 'upper'} left is better"
 
 
 def _over_seeds(caption: str, rows: Sequence[Row]) -> str:
@@ -109,18 +114,18 @@ def paint_kv_bytes(figure: Any, rows: Sequence[Row], looks: Looks) -> bool:
     if not any("error" not in entry for row in rows for entry in pruned(row).values()):
         return False
     (ax,) = panels(figure, ["predicted, one sequence of the trained length"])
+    judged, label = pruned_measure(rows)
     for row in rows:
-        whole = (("memory", "kv_bytes_per_token"), ("val", "ppl"))
-        places = [whole, *((("kv_budgets", b, "kv_bytes_per_token"), ("kv_budgets", b, "ppl")) for b in pruned(row))]
+        places = [pruned_places(budget, judged) for budget in (None, *pruned(row))]
         found = [tuple(estimate(row.values(*place).values()) for place in pair) for pair in places]
-        points = sorted(((kv.mean, ppl) for kv, ppl in found if kv and ppl), key=lambda point: point[0])
+        points = sorted(((kv.mean, quality) for quality, kv in found if kv and quality), key=lambda point: point[0])
         if points:
-            spread = [ppl.spread or 0.0 for _, ppl in points] if points[0][1].spread is not None else None
+            spread = [quality.spread or 0.0 for _, quality in points] if points[0][1].spread is not None else None
             style = looks.line(row.name) | {"ms": 6, "capsize": 3}
-            ax.errorbar([kv for kv, _ in points], [ppl.mean for _, ppl in points], yerr=spread, **style)
+            ax.errorbar([kv for kv, _ in points], [quality.mean for _, quality in points], yerr=spread, **style)
     ax.margins(0.1)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    ax.set(xlabel="KV cache (bytes a token)", ylabel="validation perplexity")
+    ax.set(xlabel="KV cache (bytes a token)", ylabel=f"validation {label}" if judged == "ppl" else label)
     variant_legend(figure, looks, [row.name for row in rows])
     return True

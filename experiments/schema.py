@@ -419,14 +419,12 @@ class RunConfig:
         factors, task = self.eval.pair_factors, self.data.task.settled(self.trainer.seq_len)
         if factors and (self.data.source != "task" or task.pairs is None):
             raise ConfigError(f"eval.pair_factors={list(factors)} has no effect: the data has no pairs; use data=mqar")
-        judged = self.data.source in ("task", "passkey")
-        for name, asked in (("passkey.trials", self.eval.passkey.trials), ("kv_budgets", self.eval.kv_budgets)):
-            if asked and judged and (name, self.data.source) != ("passkey.trials", "passkey"):
-                raise ConfigError(
-                    f"eval.{name}={asked} is for texts, and data.source={self.data.source} is judged by its answers; drop it"
-                )
         if self.data.source != "task":
             return
+        if self.eval.passkey.trials:
+            raise ConfigError(
+                f"eval.passkey.trials={self.eval.passkey.trials} is for texts, and a task is judged by its answers; drop it"
+            )
         task.check_room(self.trainer.seq_len, task.pairs)
         if task.pairs is not None:
             task.check_names(task.pairs * max(factors, default=1))
@@ -503,6 +501,11 @@ class CompareConfig(RunConfig):
         if self.param_tolerance is not None and self.param_tolerance < 0:
             raise ConfigError(f"param_tolerance={self.param_tolerance} is negative; use 0.02 for 2 %")
         self.budget_search.check()
+        if self.budget_search.step is not None and self.data.source in ("task", "passkey"):
+            raise ConfigError(
+                f"budget_search.step={self.budget_search.step} is for texts, and data.source={self.data.source} is judged by its "
+                "answers; use eval.kv_budgets"
+            )
         _positive("jobs", self.jobs)
         if self.jobs > 1 and not self.isolate:
             raise ConfigError(

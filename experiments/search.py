@@ -23,7 +23,7 @@ from xattn.experiments.configfile import load_config
 from xattn.experiments.data import Corpus, eval_blocks
 from xattn.experiments.device import evaluating, pick_device, pick_precision
 from xattn.experiments.judge import token_nll
-from xattn.experiments.kv_budgets import pruned_nll
+from xattn.experiments.kv_budgets import pruned_scores
 from xattn.experiments.launch import probe, stopped
 from xattn.experiments.schema import BudgetSearchConfig, RunConfig
 from xattn.experiments.sources import load_corpus
@@ -91,8 +91,9 @@ def _judged(
     n = config.trainer.seq_len
     blocks = eval_blocks(corpus, tokens=config.eval.tokens, length=n, longest=max(config.eval.length_factors) * n)
     tokens = config.eval.batch_tokens
+    nats_bn, _ = pruned_scores(model, blocks, keys, chunk=1, batch_tokens=tokens, **where)
     return {
-        "val_nats": float(pruned_nll(model, blocks, keys, chunk=1, batch_tokens=tokens, **where).mean()),
+        "val_nats": float(nats_bn.mean()),
         "unpruned_nats": float(token_nll(model, blocks, batch_tokens=tokens, **where).mean()),
         "baseline_nats": float(token_nll(baseline, blocks, batch_tokens=tokens, **where).mean()),
     }

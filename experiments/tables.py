@@ -129,8 +129,9 @@ def budget_table(rows: Sequence[Row]) -> Table | None:
         return None
     names = list(dict.fromkeys(name for row in asked for name in pruned(row)))
     header = ["variant", "all keys", *[f"kv_budget {name}" for name in names]]
-    cells = [[row.name, *[_budget_cell(row, name) for name in (None, *names)]] for row in asked]
-    return Table(title="Under a key budget: perplexity (KV bytes a token)", header=header, cells=cells)
+    judged, label = pruned_measure(asked)
+    cells = [[row.name, *[_budget_cell(row, name, judged) for name in (None, *names)]] for row in asked]
+    return Table(title=f"Under a key budget: {label} (KV bytes a token)", header=header, cells=cells)
 
 
 def pruned(row: Row) -> dict[str, Any]:
@@ -138,12 +139,22 @@ def pruned(row: Row) -> dict[str, Any]:
     return (row.first.get("kv_budgets") or {}) if row.done else {}
 
 
-def _budget_cell(row: Row, name: str | None) -> str:
-    score, held = (("val", "ppl"), ("memory", "kv_bytes_per_token")) if name is None else (
-        ("kv_budgets", name, "ppl"), ("kv_budgets", name, "kv_bytes_per_token")
-    )  # fmt: skip
-    ppl, kv = (estimate(row.values(*place).values()) for place in (score, held))
-    return f"{ppl.mean:.3f} ({kv.mean:,.0f})" if ppl and kv else NONE
+def pruned_measure(rows: Sequence[Row]) -> tuple[str, str]:
+    """What pruned rows are told apart by: the field of a score and its label. Answers right where those were counted."""
+    answers = any(row.values("val", "accuracy") for row in rows)
+    return ("accuracy", "answers right") if answers else ("ppl", "perplexity")
+
+
+def pruned_places(name: str | None, judged: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where in a result the score and the KV bytes a token of a budget stand; None: of all keys."""
+    if name is None:
+        return ("val", judged), ("memory", "kv_bytes_per_token")
+    return ("kv_budgets", name, judged), ("kv_budgets", name, "kv_bytes_per_token")
+
+
+def _budget_cell(row: Row, name: str | None, judged: str) -> str:
+    quality, kv = (estimate(row.values(*place).values()) for place in pruned_places(name, judged))
+    return f"{quality.mean:.3f} ({kv.mean:,.0f})" if quality and kv else NONE
 
 
 def search_table(rows: Sequence[Row]) -> Table | None:

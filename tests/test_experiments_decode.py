@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from test_experiments_tasks import corpus_of
 
 import xattn
 from xattn import ConfigError
@@ -22,6 +23,7 @@ from xattn.experiments.gather import Row, Run
 from xattn.experiments.judge import judge_all
 from xattn.experiments.kv_budgets import judge_budgets
 from xattn.experiments.launch import probe_decode
+from xattn.experiments.passkey import passkey_corpus
 from xattn.experiments.report import _csv
 from xattn.experiments.schema import DecodeConfig, EvalConfig, RunConfig, TrainerConfig
 from xattn.experiments.tables import budget_table, decode_table
@@ -43,9 +45,9 @@ def corpus(documents: bool = False) -> Corpus:
     return Corpus(name="random", tokenizer="bpe", vocabulary=50, train=part, val=part, token_bytes=np.ones(50))
 
 
-def model() -> xattn.TransformerWrapper:
+def model(**flags) -> xattn.TransformerWrapper:
     torch.manual_seed(0)
-    net = xattn.build(FLAGS).eval()
+    net = xattn.build(FLAGS | flags).eval()
     with torch.no_grad():
         for weight in net.parameters():
             weight.mul_(4 if weight.ndim > 1 else 1)
@@ -109,6 +111,19 @@ def test_a_budget_moves_with_the_chunk_and_not_with_the_batch() -> None:
     assert loss(batch_tokens=16) == pytest.approx(loss(), rel=1e-5)
     assert loss(kv_budget_chunk=5) != pytest.approx(loss(), rel=1e-4)
     assert loss(documents=True) != pytest.approx(loss(), rel=1e-4)
+
+
+@pytest.mark.parametrize("source", ["passkey", "task"])
+def test_under_a_budget_too_only_answers_count(source: str) -> None:
+    """A budget of all keys says what the whole sequence says; one of a few does not."""
+    made = passkey_corpus(tokens=256, passage=16) if source == "passkey" else corpus_of("parity")
+    net, asked = model(num_tokens=made.vocabulary), EvalConfig(tokens=512, kv_budgets=[16, 2])
+    val = judge_all(net, made, asked, seq_len=16, **CPU)["val"]
+    found = judge_budgets(net, made, asked, seq_len=16, **CPU)
+    for name in ("accuracy", "exact", "tokens"):
+        assert found["16"][name] == val[name]
+    assert found["16"]["loss_nats"] == pytest.approx(val["loss_nats"], rel=1e-5) and found["16"]["bpb"] is None
+    assert abs(found["2"]["loss_nats"] - val["loss_nats"]) > 1e-4 and found["2"]["tokens"] == val["tokens"] < 512
 
 
 def test_what_cannot_be_pruned_says_why_and_what_is_not_asked_is_none() -> None:
@@ -189,6 +204,12 @@ def test_tables_and_the_csv_show_means_over_seeds(tmp_path: Path) -> None:
     assert table.cells == [["pruned", "2.500 (128)", "3.500 (48)", "4.500 (64)"]]
     line = _csv(rows(tmp_path)).splitlines()
     assert "prefill_peak_bytes,decode_peak_bytes,decode_tokens_per_second" in line[0] and ",3145728,1048576,50.0," in line[1]
+    answered = rows(tmp_path)
+    for run in answered[1].runs:
+        for score in (run.result["val"], *run.result["kv_budgets"].values()):
+            score["accuracy"] = score["ppl"] / 8
+    table = budget_table(answered)
+    assert "answers right" in table.title and table.cells == [["pruned", "0.312 (128)", "0.438 (48)", "0.562 (64)"]]
     old = rows(tmp_path)
     for run in (run for row in old for run in row.runs):
         del run.result["decode"], run.result["kv_budgets"]

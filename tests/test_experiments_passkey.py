@@ -15,7 +15,7 @@ from xattn.experiments.data import Corpus, eval_blocks, train_batch
 from xattn.experiments.judge import judge_all
 from xattn.experiments.launch import launch
 from xattn.experiments.passkey import FILLERS, KEYS, VOCABULARY, passkey_corpus, prompts, retrieve
-from xattn.experiments.schema import DataConfig, EvalConfig, PasskeyConfig, RunConfig
+from xattn.experiments.schema import BudgetSearchConfig, CompareConfig, DataConfig, EvalConfig, PasskeyConfig, RunConfig
 from xattn.experiments.sources import load_corpus
 
 CPU = torch.device("cpu")
@@ -216,7 +216,7 @@ def test_no_room_for_a_key_says_what_to_do(corpora) -> None:
         (RunConfig(data=DataConfig(source="bin", path="x"), eval=EvalConfig(passkey=ASKED)), "data.source=text"),
         (RunConfig(data=DataConfig(source="passkey", path="x")), "data.source is passkey"),
         (RunConfig(data=DataConfig(passage_tokens=64)), "data.passage_tokens=64 has no effect"),
-        (RunConfig(data=DataConfig(source="passkey"), eval=EvalConfig(kv_budgets=[8])), "judged by its answers"),
+        (CompareConfig(data=DataConfig(source="passkey"), budget_search=BudgetSearchConfig(step=0.5)), "use eval.kv_budgets"),
         (RunConfig(data=DataConfig(source="passkey", tokenizer="bpe")), "data.tokenizer=bpe has no effect"),
     ],
 )
