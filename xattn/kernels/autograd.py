@@ -1,6 +1,8 @@
 """The kernels as custom operators of torch, with fake and autograd registrations: torch.compile goes through without a break."""
 
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,15 @@ def _backward(out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tenso
     return [grads[name] for name in _LEARNED if name in grads]
 
 
-@torch.library.custom_op("xattn::attention", mutates_args=())
+def _operator(make: Callable) -> Any:
+    """The function as an operator xattn::NAME of torch; torch's own decorator makes one whose calls take twice as long."""
+    name = f"xattn::{make.__name__.removeprefix('_')}"
+    torch.library.define(name, torch.library.infer_schema(make, mutates_args=()))
+    torch.library.impl(name, ("cpu", "cuda"), make)
+    return getattr(torch.ops.xattn, name.removeprefix("xattn::")).default
+
+
+@_operator
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
     sink: Tensor | None, slopes: Tensor | None, dead: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None,
@@ -40,7 +50,7 @@ def _attention(
     return _run(run_forward, given)
 
 
-@_attention.register_fake
+@torch.library.register_fake(_attention)
 def _(q, k, v, *rest):
     b, h, n, d = q.shape
     given = dict(zip((*_TENSORS, *_OPTIONS), (q, k, v, *rest), strict=True))
@@ -49,7 +59,7 @@ def _(q, k, v, *rest):
     return q.new_empty(b, n, h, d).transpose(1, 2), *numbers
 
 
-@torch.library.custom_op("xattn::attention_backward", mutates_args=())
+@_operator
 def _attention_backward(
     out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
@@ -63,7 +73,7 @@ def _attention_backward(
     )  # fmt: skip
 
 
-@_attention_backward.register_fake
+@torch.library.register_fake(_attention_backward)
 def _(out, lse, carry, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, *_):
     def like(x: Tensor) -> Tensor:
         b, h, n, d = x.shape
@@ -91,7 +101,7 @@ def _differentiate(ctx, dout, dlse, _, backward=_attention_backward):
     return *(found.get(name) for name in _TENSORS), *(None for _ in ctx.options)
 
 
-_attention.register_autograd(_differentiate, setup_context=_remember)
+torch.library.register_autograd(_attention, _differentiate, setup_context=_remember)
 
 
 class _Eager(torch.autograd.Function):
@@ -117,7 +127,7 @@ def attention(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@torch.library.custom_op("xattn::decode", mutates_args=())
+@_operator
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, far_q: Tensor | None, ahead_q: Tensor | None, far_k: Tensor | None,
     sink: Tensor | None, slopes: Tensor | None, dead: Tensor | None, pos_i: Tensor | None, pos_j: Tensor | None,
@@ -133,7 +143,7 @@ def _decode(
     return _run(run_decode, given, more)
 
 
-@_decode.register_fake
+@torch.library.register_fake(_decode)
 def _(q, k, v, *rest):
     b, h, n, d = q.shape
     carry, rows = rest[-3:-1]

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from xattn.kernels import backward, forward, selection
+from xattn.kernels.again import INTERPRETED, Launches
 from xattn.kernels.call import Numbers, Parts
 from xattn.kernels.scratch import SPARE, rows_before
 from xattn.kernels.selection import SEGMENT, SKIP_SEGMENT
@@ -27,7 +28,6 @@ _PROGRAMS = 528
 _KEPT = 32768
 # forward and backward count how far apart heads lie in 32 bits
 _REACH = 2**31
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 @dataclass(kw_only=True)
@@ -63,6 +63,8 @@ class Inputs:
             q, far_q, ahead_q = (None if x is None else _compact(x) for x in (q, far_q, ahead_q))
         if far_k is not None and far_k.stride() != k.stride():
             k, far_k = _compact(k), _compact(far_k)
+        if q is self.q and k is self.k and v is self.v:
+            return self
         return replace(self, q=q, k=k, v=v, far_q=far_q, ahead_q=ahead_q, far_k=far_k)
 
 
@@ -126,9 +128,10 @@ def _chunks(blocks: int, width: int, row_bytes: int, cap: int, *, by_keys: bool)
 class _Call:
     """What every launch of one call shares."""
 
-    def __init__(self, inputs: Inputs, options: Options) -> None:
+    def __init__(self, what: str, inputs: Inputs, options: Options, *more: Tensor | None) -> None:
         self.x, self.o = inputs.ready(), options
-        self.parts, self.n = parts_of(self.x, options), numbers_of(self.x, options)
+        self.launch = Launches(what, options, *vars(self.x).values(), *more)
+        self.parts, self.n = self.launch.once("call", lambda: (parts_of(self.x, options), numbers_of(self.x, options)))
         x, q = self.x, self.x.q
         self.size = {
             "block_d": self.parts.block_d, "itemsize": q.element_size(), "select": self.parts.select,
@@ -152,6 +155,9 @@ class _Call:
 
     def tile(self, kernel: str) -> tuple[Tile, Parts, dict[str, int]]:
         """A kernel's tile, its structure, and how it is launched."""
+        return self.launch.once(kernel, lambda: self._tile(kernel))
+
+    def _tile(self, kernel: str) -> tuple[Tile, Parts, dict[str, int]]:
         t = tile(kernel, window=self.parts.window, **self.size)
         if self.parts.skip and t.block_j > 64:
             # keys are dead or alive in blocks of 64, and F of a dead block is never written
@@ -161,7 +167,8 @@ class _Call:
 
     def small(self, kernel: str) -> dict[str, int]:
         """How one of selection's own kernels is launched."""
-        return small(kernel, block_d=self.parts.block_d, itemsize=self.x.q.element_size(), extend=self.parts.extend > 0)
+        size = {name: self.size[name] for name in ("block_d", "itemsize", "extend")}
+        return self.launch.once(kernel, lambda: small(kernel, **size))
 
     @cached_property
     def selecting(self) -> tuple[Tensor | None, ...]:
@@ -234,7 +241,8 @@ class _Call:
     def _count(self) -> Tensor:
         n, columns = self.n, self.n.blocks * 64
         part = torch.empty(n.batch, self.segments + 1, columns, device=self.x.q.device, dtype=torch.float32)
-        selection.count_votes[(n.blocks, self.segments, n.batch)](
+        self.launch(
+            selection.count_votes, (n.blocks, self.segments, n.batch),
             *self.selecting, part, *self.by_key, *self.selecting_strides, part.stride(0), part.stride(1), self.o.sim_head,
             n, SEG=self.segment, P=self.parts, **self.small("fill"),
         )  # fmt: skip
@@ -247,7 +255,8 @@ class _Call:
         live = torch.empty(n.batch, self.segments, n.blocks, device=carry.device, dtype=torch.int32)
         count = torch.empty(n.batch, self.segments, device=carry.device, dtype=torch.int32)
         parts = self.parts._replace(block_i=self.segment * 64)
-        selection.find_live[(-(-n.blocks // self.segment), n.batch)](
+        self.launch(
+            selection.find_live, (-(-n.blocks // self.segment), n.batch, 1),
             least, self.x.dead, live, count, *self.by_query[4:5], self.by_query[7], least.stride(0), live.stride(0), n,
             BLOCKS=triton.next_power_of_2(n.blocks), P=parts, num_warps=4,
         )  # fmt: skip
@@ -265,7 +274,8 @@ class _Call:
         first_segment = first // SEGMENT
         last_segment = -(-(n.blocks if by_keys else last) // SEGMENT)
         grid = (last - first if by_keys else last, last_segment - first_segment, n.batch)
-        selection.fill[grid](
+        self.launch(
+            selection.fill, grid,
             *self.selecting, carry, self.x.dead, self.last, scratch, *self.by_key, *self.selecting_strides, carry.stride(0),
             carry.stride(1) * self.coarse, scratch.stride(1), first if by_keys else 0, first_segment,
             n.blocks if by_keys else last, self.o.sim_head, n._replace(first=first), SEG=SEGMENT, BY_KEYS=by_keys, P=self.parts,
@@ -297,7 +307,7 @@ def carry_shape(b: int, n: int, *, select: bool, skip: bool) -> tuple[int, ...]:
 
 def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """out (b h i d), base-2 log-sum-exp (b h i) float32, and what the backward can use again (`carry_shape`)."""
-    call = _Call(inputs, options)
+    call = _Call("forward", inputs, options)
     x, n = call.x, call.n
     b, h, n_i, d = x.q.shape
     out = heads_last(b, h, n_i, d, x.q)
@@ -313,7 +323,8 @@ def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tenso
         blocks = -(-(min(last * 64, n_i) - first * 64) // t.block_i)
         if blocks <= 0:
             continue
-        forward.forward[(blocks * b * h,)](
+        call.launch(
+            forward.forward, (blocks * b * h, 1, 1),
             x.q, x.k, x.v, *call.far, out, lse, x.sink, x.slopes, scratch, *call.live, *call.by_query,
             *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *out.stride()[:3],
             scratch.stride(1) if parts.select else 0, call.live_b, first * 64 // t.block_i, n._replace(first=first), P=parts,
@@ -321,6 +332,7 @@ def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tenso
         )  # fmt: skip
     shape = carry_shape(b, n_i, select=parts.select, skip=parts.skip)
     kept = carry if len(shape) > 1 else lse.new_empty(0)
+    call.launch.done()
     return out, lse, kept
 
 
@@ -338,20 +350,20 @@ def run_backward(
     inputs: Inputs, options: Options, out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> dict[str, Tensor]:
     """Gradients of q, k, v, far_q, ahead_q, far_k and sink, those that exist; dlse (b h i) is the log-sum-exp's gradient."""
-    call = _Call(inputs, options)
-    x, n, parts = call.x, call.n, call.parts
-    b, h, n_i, d = x.q.shape
-    g, n_j = x.k.shape[1:3]
     y = _Rows(
         out=out, dout=laid_out(dout), lse=lse, dlse=None if dlse is None else dlse.contiguous(), delta=torch.empty_like(lse)
     )
+    call = _Call("backward", inputs, options, *y, carry)
+    x, n, parts = call.x, call.n, call.parts
+    b, h, n_i, d = x.q.shape
+    g, n_j = x.k.shape[1:3]
     grads = {"q": heads_last(b, h, n_i, d, x.q), "k": heads_last(b, g, n_j, d, x.k), "v": heads_last(b, g, n_j, d, x.v)}
     grads |= {name: heads_last(b, h, n_i, d, x.q) for name in ("far_q", "ahead_q") if getattr(x, name) is not None}
     grads |= {"far_k": heads_last(b, g, n_j, d, x.k)} if x.far_k is not None else {}
     if parts.select:
-        backward.find_delta[(-(-n_i // 64), h, b)](
-            y.out, y.dout, y.dlse, y.delta, *y.out.stride()[:3], *y.dout.stride()[:3], n,
-    P=parts, num_warps=4,
+        call.launch(
+            backward.find_delta, (-(-n_i // 64), h, b),
+            y.out, y.dout, y.dlse, y.delta, *y.out.stride()[:3], *y.dout.stride()[:3], n, P=parts, num_warps=4,
         )  # fmt: skip
         carry = call.carries(carry if carry.numel() else None)
         suffix = torch.empty(b, call.segments, n.blocks * 64, device=x.q.device, dtype=torch.float32)
@@ -359,7 +371,7 @@ def run_backward(
             scratch = call.fill(carry, first, last, by_keys=True)
             _dkdv(call, grads, scratch, first, last, y, suffix[:, :, first * 64 : last * 64])
             del scratch
-        backward.sum_after[(n.blocks, b)](suffix, suffix.stride(0), suffix.stride(1), call.segments, num_warps=2)
+        call.launch(backward.sum_after, (n.blocks, b, 1), suffix, suffix.stride(0), suffix.stride(1), call.segments, num_warps=2)
         _dq_and_selection(call, grads, carry, suffix, y)
     else:
         into = {name: grads[name][None] for name in ("q", "far_q", "ahead_q") if name in grads}
@@ -369,6 +381,7 @@ def run_backward(
         sink_bhi = torch.exp2(x.sink.float()[:, None] * LOG2E - lse)
         # a row that saw nothing is 0 whatever the sink
         grads["sink"] = -(sink_bhi * y.delta).sum(dim=(0, 2)).to(x.sink.dtype)
+    call.launch.done()
     return grads
 
 
@@ -387,13 +400,15 @@ def _dkdv(
         strides = column.stride()[:3]
     blocks = -(-(min(last * 64, n.n_j) - first * 64) // t.block_j) if parts.select else -(-n.n_j // t.block_j)
     dk, dv = grads["k"], grads["v"]
-    backward.find_dkdv[(max(blocks, 0) * b * x.k.shape[1],)](
+    call.launch(
+        backward.find_dkdv, (max(blocks, 0) * b * x.k.shape[1], 1, 1),
         x.q, x.k, x.v, *call.far, y.dout, y.lse, y.delta, x.slopes, scratch, column, call.last, dk, grads.get("far_k"), dv,
         *call.by_key, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *y.dout.stride()[:3], *dk.stride()[:3],
         scratch.stride(1) if parts.select else 0, *strides, first * 64 // t.block_j, n._replace(first=first), P=parts, **how,
     )  # fmt: skip
     if parts.select:
-        backward.sum_columns[(last - first, call.segments, b)](
+        call.launch(
+            backward.sum_columns, (last - first, call.segments, b),
             column, sums, call.last, call.by_key[4], call.by_key[7], *strides, sums.stride(0), sums.stride(1), first, n,
             SEG=call.segment, P=parts, num_warps=4,
         )  # fmt: skip
@@ -409,7 +424,8 @@ def _dq(
     blocks = -(-(min(last * 64, n.n_i) - first * 64) // t.block_i)
     dq = into["q"]
     selected = (scratch.stride(1), slices.stride(0)) if parts.select else (0, 0)
-    backward.find_dq[(max(blocks, 0) * n.batch * (n.heads // parts.pair), dq.shape[0])](
+    call.launch(
+        backward.find_dq, (max(blocks, 0) * n.batch * (n.heads // parts.pair), dq.shape[0], 1),
         x.q, x.k, x.v, *call.far, y.out, y.dout, y.lse, y.dlse, y.delta, x.slopes, scratch, slices, *call.live, dq,
         into.get("far_q"), into.get("ahead_q"), *call.by_query, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3],
         *y.out.stride()[:3], *y.dout.stride()[:3], *dq.stride()[:4], first * 64, *selected, call.live_b,
@@ -462,16 +478,19 @@ def _dq_and_selection(call: _Call, grads: dict[str, Tensor], carry: Tensor, suff
         first_segment, last_segment = first // SEGMENT, -(-last // SEGMENT)
         # a group of segments is walked from its last
         after = suffix[:, call.coarse - 1 :: call.coarse]
-        selection.spread[(last, last_segment - first_segment, n.batch)](
+        call.launch(
+            selection.spread, (last, last_segment - first_segment, n.batch),
             head_q, head_k, head_far_q, head_far_k, slopes, after, call.last, slices, dz, *call.by_key, q_b, q_i, k_b, k_j,
             after.stride(0), after.stride(1), scratch.stride(1), slices.stride(0), first_segment, last, s, numbers,
             SEG=SEGMENT, P=parts._replace(slices=slices_count), **call.small("spread"),
         )  # fmt: skip
-        selection.add_dq[(rows, n.batch, shares)](
+        call.launch(
+            selection.add_dq, (rows, n.batch, shares),
             head_k, head_far_k, *call.live, dz, dq, far_dq, *call.by_query, k_b, k_j, *dq.stride()[:3], first * 64,
             scratch.stride(1), call.live_b, first, numbers, P=parts, **call.small("add"),
         )  # fmt: skip
-        selection.add_dk[(min(last, -(-n.n_j // 64)), n.batch)](
+        call.launch(
+            selection.add_dk, (min(last, -(-n.n_j // 64)), n.batch, 1),
             head_q, head_far_q, call.last, dz, dk, far_dk, *call.by_key, q_b, q_i, dk.stride(0), dk.stride(1),
             scratch.stride(1), first, last, numbers, P=parts, **call.small("add"),
         )  # fmt: skip

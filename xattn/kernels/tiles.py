@@ -89,6 +89,11 @@ def pair(*, block_d: int, itemsize: int, heads: int, select: bool, extend: bool)
     return 2 if select and not extend and block_d <= 64 and itemsize == 2 and heads % 2 == 0 else 1
 
 
+def overridden() -> tuple[tuple[str, Tile], ...]:
+    """The kernels whose tiles a context has replaced."""
+    return tuple(_override.items())
+
+
 @contextmanager
 def override(**tiles: Tile):
     """Within this context the named kernels (forward, dkdv, dq, decode, count) take these tiles: for tuning and for tests."""
