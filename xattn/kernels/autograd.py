@@ -28,12 +28,17 @@ def _backward(out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tenso
     return [grads[name] for name in _LEARNED if name in grads]
 
 
+# of this module, so that loading it again defines its operators anew
+_library = torch.library.Library("xattn", "FRAGMENT")
+
+
 def _operator(make: Callable) -> Any:
     """The function as an operator xattn::NAME of torch; torch's own decorator makes one whose calls take twice as long."""
-    name = f"xattn::{make.__name__.removeprefix('_')}"
-    torch.library.define(name, torch.library.infer_schema(make, mutates_args=()))
-    torch.library.impl(name, ("cpu", "cuda"), make)
-    return getattr(torch.ops.xattn, name.removeprefix("xattn::")).default
+    name = make.__name__.removeprefix("_")
+    _library.define(name + torch.library.infer_schema(make, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, make, device)
+    return getattr(torch.ops.xattn, name).default
 
 
 @_operator
@@ -50,7 +55,7 @@ def _attention(
     return _run(run_forward, given)
 
 
-@torch.library.register_fake(_attention)
+@torch.library.register_fake(_attention, lib=_library)
 def _(q, k, v, *rest):
     b, h, n, d = q.shape
     given = dict(zip((*_TENSORS, *_OPTIONS), (q, k, v, *rest), strict=True))
@@ -73,7 +78,7 @@ def _attention_backward(
     )  # fmt: skip
 
 
-@torch.library.register_fake(_attention_backward)
+@torch.library.register_fake(_attention_backward, lib=_library)
 def _(out, lse, carry, dout, dlse, q, k, v, far_q, ahead_q, far_k, sink, *_):
     def like(x: Tensor) -> Tensor:
         b, h, n, d = x.shape
@@ -101,7 +106,7 @@ def _differentiate(ctx, dout, dlse, _, backward=_attention_backward):
     return *(found.get(name) for name in _TENSORS), *(None for _ in ctx.options)
 
 
-torch.library.register_autograd(_attention, _differentiate, setup_context=_remember)
+torch.library.register_autograd(_attention, _differentiate, setup_context=_remember, lib=_library)
 
 
 class _Eager(torch.autograd.Function):
@@ -143,7 +148,7 @@ def _decode(
     return _run(run_decode, given, more)
 
 
-@torch.library.register_fake(_decode)
+@torch.library.register_fake(_decode, lib=_library)
 def _(q, k, v, *rest):
     b, h, n, d = q.shape
     carry, rows = rest[-3:-1]
