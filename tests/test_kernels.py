@@ -290,7 +290,7 @@ def test_the_log_sum_exp_is_right_and_can_be_differentiated() -> None:
 
 
 def test_heads_too_far_apart_for_32_bits_are_copied_but_for_decoding() -> None:
-    from xattn.kernels.launch import Inputs
+    from xattn.kernels.call import Inputs
 
     n = 2**20
     far, close = torch.empty(1, 32, n, 128, device="meta"), torch.empty(1, n, 32, 128, device="meta").transpose(1, 2)

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from xattn.kernels import tiles
+from xattn.kernels.call import INTERPRETED
 
-INTERPRETED = triton.knobs.runtime.interpret
 # kinds of calls that are remembered; where every call has a length of its own, they would fill memory
 _MOST = 4096
 

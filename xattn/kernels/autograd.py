@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.kernels.launch import LOG2E, Inputs, Options, carry_shape, run_backward, run_forward
+from xattn.kernels.call import LOG2E, Inputs, Options
+from xattn.kernels.launch import carry_shape, run_backward, run_forward
 from xattn.kernels.launch_decode import Decoding, run_decode
 
 _TENSORS = tuple(f.name for f in fields(Inputs))

@@ -4,10 +4,7 @@ Letters: c columns of the scratch (keys of a chunk), t segments of queries.
 """
 
 import math
-from bisect import bisect_left
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,114 +12,16 @@ import triton
 from torch import Tensor
 
 from xattn.kernels import backward, forward, selection
-from xattn.kernels.again import INTERPRETED, Launches
-from xattn.kernels.call import Numbers, Parts
-from xattn.kernels.scratch import SPARE, rows_before
+from xattn.kernels.again import Launches
+from xattn.kernels.call import LOG2E, Inputs, Options, Parts, heads_last, laid_out, numbers_of, parts_of
+from xattn.kernels.scratch import SPARE, cut_chunks, rows_before
 from xattn.kernels.selection import SEGMENT, SKIP_SEGMENT
 from xattn.kernels.tiles import Tile, pair, small, tile
 
-LOG2E = 1.4426950408889634
 # enough programs of the dQ kernel for the largest GPUs: four for each of 132 processors
 _PROGRAMS = 528
 # carries are kept for the backward up to so many queries: 256 bytes a key, or 1 KiB with skipping, whose segments are short
 _KEPT = 32768
-# forward and backward count how far apart heads lie in 32 bits
-_REACH = 2**31
-
-
-@dataclass(kw_only=True)
-class Inputs:
-    """The tensors of a call; those that its parts do not need are None.
-
-    q (b h i d), k, v (b g j d), rotated; far_q, ahead_q, far_k: rotated to Self-Extend's grouped positions. sink (h),
-    slopes (h) float32. dead (1) float32: the penalty, in log2, at which a key is dead. pos, doc (b n) int32 with walks from
-    `walk.table`, all or none; b may be 1 in them.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    far_q: Tensor | None = None
-    ahead_q: Tensor | None = None
-    far_k: Tensor | None = None
-    sink: Tensor | None = None
-    slopes: Tensor | None = None
-    dead: Tensor | None = None
-    pos_i: Tensor | None = None
-    pos_j: Tensor | None = None
-    doc_i: Tensor | None = None
-    doc_j: Tensor | None = None
-    walk_i: Tensor | None = None
-    walk_j: Tensor | None = None
-
-    def ready(self, *, reach: int = _REACH) -> "Inputs":
-        """The same with last axes contiguous, heads within `reach` numbers, and copies that stride like their originals."""
-        q, k, v = (laid_out(x, reach) for x in (self.q, self.k, self.v))
-        far_q, ahead_q, far_k = self.far_q, self.ahead_q, self.far_k
-        if any(x is not None and x.stride() != q.stride() for x in (far_q, ahead_q)):
-            q, far_q, ahead_q = (None if x is None else _compact(x) for x in (q, far_q, ahead_q))
-        if far_k is not None and far_k.stride() != k.stride():
-            k, far_k = _compact(k), _compact(far_k)
-        if q is self.q and k is self.k and v is self.v:
-            return self
-        return replace(self, q=q, k=k, v=v, far_q=far_q, ahead_q=ahead_q, far_k=far_k)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The numbers of a call: 0 (or sim_head -1) where a part is absent. cap and scale are natural, not log2."""
-
-    causal: bool
-    window: int
-    sinks: int
-    cap: float
-    near: int
-    group: int
-    sim_head: int
-    scale: float
-    scratch_bytes: int
-
-
-def parts_of(x: Inputs, o: Options) -> Parts:
-    d, select = x.q.shape[-1], o.sim_head >= 0
-    return Parts(
-        causal=o.causal, window=o.window > 0, sinks=o.sinks > 0, stored=x.pos_i is not None, docs=x.doc_i is not None,
-        softcap=o.cap > 0, alibi=x.slopes is not None, extend=0 if o.near == 0 else 1 if o.causal else 2,
-        select=select, skip=x.dead is not None, band=select and o.window > 0 and o.sinks == 0,
-        sink_logits=x.sink is not None, group=x.q.shape[1] // x.k.shape[1], d=d, block_d=max(16, triton.next_power_of_2(d)),
-        exact=x.q.dtype == torch.float32 or INTERPRETED, even=x.q.shape[2] % 128 == 0 and x.k.shape[2] % 128 == 0,
-        deep=(o.window > 0 or o.near > 0 and o.causal) and x.pos_i is None and not select,
-    )  # fmt: skip
-
-
-def numbers_of(x: Inputs, o: Options) -> Numbers:
-    n_i, n_j = x.q.shape[2], x.k.shape[2]
-    window = min(o.window, max(n_i, n_j)) if x.pos_i is None else o.window
-    blocks = -(-n_i // 128) * 2
-    return Numbers(
-        batch=x.q.shape[0], heads=x.q.shape[1], n_i=n_i, n_j=n_j, window=window, sinks=o.sinks, near=o.near, group=max(o.group,
-        1), scale=o.scale * LOG2E, cap=o.cap * LOG2E, blocks=blocks, width=min(-(-(window - 1) // 64) + 1,
-        blocks) if o.window else 0,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _chunks(blocks: int, width: int, row_bytes: int, cap: int, *, by_keys: bool) -> tuple[tuple[int, int], ...]:
-    """Even chunks, for a small last one would leave processors idle: as few as keep within the cap where cuts allow it."""
-    cuts = [*range(0, blocks, SEGMENT), blocks]
-    held = [rows_before(y, blocks, width, by_keys=by_keys) * row_bytes for y in cuts]
-    count = max(1, -(-held[-1] // cap))
-    while True:
-        chosen = [0]
-        for share in range(1, count):
-            goal = held[-1] * share / count
-            at = bisect_left(held, goal)
-            chosen.append(at - (at > 0 and goal - held[at - 1] <= held[at] - goal))
-        ends = sorted({*chosen, len(cuts) - 1})
-        pairs = list(pairwise(ends))
-        if len(pairs) == len(cuts) - 1 or all(held[last] - held[first] <= cap for first, last in pairs):
-            return tuple((cuts[first], cuts[last]) for first, last in pairs)
-        count += 1
 
 
 class _Call:
@@ -202,7 +101,7 @@ class _Call:
         a little in size, and an allocator would keep a block for each.
         """
         width = self.n.width if self.parts.band else 0
-        chunks = _chunks(self.n.blocks, width, tile_bytes * self.n.batch, self.o.scratch_bytes, by_keys=by_keys)
+        chunks = cut_chunks(self.n.blocks, width, tile_bytes * self.n.batch, self.o.scratch_bytes, by_keys=by_keys, step=SEGMENT)
         self._spaces = {}
         self._most_tiles = max(self._tiles(first, last, by_keys=by_keys) for first, last in chunks)
         return chunks
@@ -282,21 +181,6 @@ class _Call:
             **self.small("fill"),
         )  # fmt: skip
         return scratch
-
-
-def heads_last(b: int, h: int, n: int, d: int, like: Tensor) -> Tensor:
-    """(b h n d) stored as b n h d, so that merging heads copies nothing."""
-    return torch.empty(b, n, h, d, device=like.device, dtype=like.dtype).transpose(1, 2)
-
-
-def _compact(x_bhnd: Tensor) -> Tensor:
-    """A copy stored as b n h d."""
-    return heads_last(*x_bhnd.shape, x_bhnd).copy_(x_bhnd)
-
-
-def laid_out(x_bhnd: Tensor, reach: int = _REACH) -> Tensor:
-    """The tensor where its last axis is contiguous and its heads lie within `reach` numbers; else a copy for which that holds."""
-    return x_bhnd if x_bhnd.stride(-1) == 1 and x_bhnd.stride(1) * x_bhnd.shape[1] < reach else _compact(x_bhnd)
 
 
 def carry_shape(b: int, n: int, *, select: bool, skip: bool) -> tuple[int, ...]:

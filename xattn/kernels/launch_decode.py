@@ -10,8 +10,7 @@ import triton
 from torch import Tensor
 
 from xattn.kernels import decode
-from xattn.kernels.call import Parts
-from xattn.kernels.launch import Inputs, Options, heads_last, numbers_of, parts_of
+from xattn.kernels.call import Inputs, Options, Parts, heads_last, numbers_of, parts_of
 from xattn.kernels.tiles import decode_tile
 
 # programs that the largest GPUs hold at once, two for each of 132 processors: one wave has no tail

@@ -10,6 +10,10 @@ column after column of keys; one spare tile in front and one behind take what ma
 Letters: y rows of tiles (of queries, or of keys when BY_KEYS), x tiles across.
 """
 
+from bisect import bisect_left
+from functools import lru_cache
+from itertools import pairwise
+
 import triton
 import triton.language as tl
 
@@ -36,6 +40,28 @@ def rows_before(y: int, blocks: int, width: int, *, by_keys: bool) -> int:
     if width:
         return y * width
     return y * blocks - y * (y - 1) // 2 if by_keys else y * (y + 1) // 2
+
+
+@lru_cache(maxsize=1024)
+def cut_chunks(blocks: int, width: int, tile_bytes: int, cap: int, *, by_keys: bool, step: int) -> tuple[tuple[int, int], ...]:
+    """Rows (or columns) of tiles in chunks that fit the cap where cuts at multiples of `step` allow it.
+
+    As few as that takes, and even ones, for a small last one would leave processors idle.
+    """
+    cuts = [*range(0, blocks, step), blocks]
+    held = [rows_before(y, blocks, width, by_keys=by_keys) * tile_bytes for y in cuts]
+    count = max(1, -(-held[-1] // cap))
+    while True:
+        chosen = [0]
+        for share in range(1, count):
+            goal = held[-1] * share / count
+            at = bisect_left(held, goal)
+            chosen.append(at - (at > 0 and goal - held[at - 1] <= held[at] - goal))
+        ends = sorted({*chosen, len(cuts) - 1})
+        pairs = list(pairwise(ends))
+        if len(pairs) == len(cuts) - 1 or all(held[last] - held[first] <= cap for first, last in pairs):
+            return tuple((cuts[first], cuts[last]) for first, last in pairs)
+        count += 1
 
 
 @triton.jit

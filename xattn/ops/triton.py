@@ -18,7 +18,7 @@ from xattn.spec.positions import Rope, SelfExtend
 from xattn.spec.score import Alibi, Softcap
 
 if TYPE_CHECKING:
-    from xattn.kernels.launch import Options
+    from xattn.kernels.call import Options
     from xattn.ops.backends import Call
 
 SUPPORTS = frozenset(
@@ -123,7 +123,7 @@ def with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Attention, and each row's log2 of the sum of 2^logit, float32 (b h i); -inf for a row that sees nothing."""
     from xattn.kernels.autograd import attention
-    from xattn.kernels.launch import Inputs
+    from xattn.kernels.call import Inputs
 
     far = {}
     if _near(spec):
@@ -153,7 +153,7 @@ def _decoded(
 ) -> tuple[Tensor, Tensor]:
     """Attention without a gradient, and the votes (b u j) float32 where there is a carry; queries in order of positions."""
     from xattn.kernels.autograd import decode
-    from xattn.kernels.launch import Inputs
+    from xattn.kernels.call import Inputs
     from xattn.kernels.launch_decode import Decoding
 
     rope, far, turn = spec.positions, {}, None
@@ -198,7 +198,7 @@ def _near(spec: AttentionSpec) -> int:
 
 def _options(spec: AttentionSpec) -> "Options":
     """The numbers of a call."""
-    from xattn.kernels.launch import Options
+    from xattn.kernels.call import Options
 
     positions, pattern, near = spec.positions, spec.pattern, _near(spec)
     return Options(
