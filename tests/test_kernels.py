@@ -157,11 +157,11 @@ def stale(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("stale")
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(
-    "flags", [{"attn_selective": True}, {"attn_selective": True, "sliding_window": 70}, {"attn_selective": True,
-    "selection_skip": 6.0},
+    "flags", [{"attn_selective": True}, {"attn_selective": True, "sliding_window": 70},
+              {"attn_selective": True, "sliding_window": 70, "sink_tokens": 3}, {"attn_selective": True, "selection_skip": 6.0},
               {"rotary_pos_emb": True, "self_extend_group": 2, "self_extend_window": 60, "sliding_window": 130,
               "sink_tokens": 3}],
-    ids=["selective", "band", "skip", "extend"],
+    ids=["selective", "band", "band_sinks", "skip", "extend"],
 )  # fmt: skip
 def test_tiles_of_every_size_give_the_same(tile: tuple[int, ...], flags: dict[str, Any]) -> None:
     from xattn.kernels import tiles
@@ -184,7 +184,12 @@ def test_small_tiles_without_selection(seating: str) -> None:
 # Selection
 
 
-@pytest.mark.parametrize("flags", [{}, {"sliding_window": 90}, {"selection_skip": 7.0}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"sliding_window": 90}, {"sliding_window": 90, "sink_tokens": 5}, {"sliding_window": 70, "sink_tokens": 150},
+     {"selection_skip": 7.0}, {"sliding_window": 90, "sink_tokens": 2, "selection_skip": 7.0}],
+    ids=str,
+)  # fmt: skip
 def test_chunks_of_scratch_change_nothing(flags: dict[str, Any]) -> None:
     with scratch_limit(1):
         check(spec_of(attn_selective=True, sim_head=1, kv_heads=1, **flags), 560)
@@ -209,6 +214,25 @@ def test_scratch_keeps_to_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
         check(spec_of(heads=1, attn_selective=True), 600)
     # F, and in the chunks of dQ a slice of dS with it; a spare tile at either end of each comes on top
     assert len(held) > 4 and limit / 2 < max(held) <= limit + 4 * 4096 * 4
+
+
+def test_scratch_of_a_window_is_its_band_and_its_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xattn.kernels import launch
+
+    tiles: list[int] = []
+    take = launch._Call.scratch
+
+    def watch(self: Any, *args: Any, slices: int = 0, **more: Any) -> Tensor:
+        found = take(self, *args, slices=slices, **more)
+        tiles.append(found.shape[-1] // 4096 - 2)
+        return found
+
+    monkeypatch.setattr(launch._Call, "scratch", watch)
+    for sinks, by_rows, by_columns in ((0, 18 * 3, 18 * 3), (5, 18 * 5, 18 + 17 + 16 * 3)):
+        tiles.clear()
+        with scratch_limit(2**30):
+            check(spec_of(heads=1, attn_selective=True, sliding_window=90, sink_tokens=sinks or None), 1100)
+        assert set(tiles) == {by_rows, by_columns}
 
 
 def test_a_key_that_all_vote_against_is_forgotten_without_a_trace() -> None:

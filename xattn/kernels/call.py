@@ -21,10 +21,10 @@ class Parts(NamedTuple):
 
     extend: 0, or Self-Extend: 1 causal, 2 both ways. select: selective attention. skip: keys whose penalty has reached a
     threshold are dead, and blocks of them are not visited. band: selection's scratch holds a band beside the diagonal (a
-    window without sinks). stored: positions are read, else slot i holds token i. group: query heads that share a key head.
-    exact: votes are summed in float32 throughout. even: lengths are multiples of 128, so no tile is ragged. deep: edges are
-    many and simple (windows, zones, where slot i holds token i), so they are pipelined. warps: of the launch. pair: query heads
-    that one program of the dQ kernel takes (they share F); slices: of dS, one a pair.
+    window), and the sinks where they are the first slots. stored: positions are read, else slot i holds token i. group: query
+    heads that share a key head. exact: votes are summed in float32 throughout. even: lengths are multiples of 128, so no tile
+    is ragged. deep: edges are many and simple (windows, zones, where slot i holds token i), so they are pipelined. warps: of the
+    launch. pair: query heads that one program of the dQ kernel takes (they share F); slices: of dS, one a pair.
     """
 
     causal: bool
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Sizes in slots and scalars in units of log2; `first`, `blocks`, `width` describe the scratch (see scratch.py)."""
+    """Sizes in slots and scalars in units of log2; `first`, `blocks`, `width`, `front` describe the scratch (see scratch.py)."""
 
     batch: int
     heads: int
@@ -68,6 +68,7 @@ class Numbers(NamedTuple):
     first: int = 0
     blocks: int = 0
     width: int = 0
+    front: int = 0
 
 
 @dataclass(kw_only=True)
@@ -128,7 +129,7 @@ def parts_of(x: Inputs, o: Options) -> Parts:
     return Parts(
         causal=o.causal, window=o.window > 0, sinks=o.sinks > 0, stored=x.pos_i is not None, docs=x.doc_i is not None,
         softcap=o.cap > 0, alibi=x.slopes is not None, extend=0 if o.near == 0 else 1 if o.causal else 2,
-        select=select, skip=x.dead is not None, band=select and o.window > 0 and o.sinks == 0,
+        select=select, skip=x.dead is not None, band=select and o.window > 0 and (o.sinks == 0 or x.pos_i is None),
         sink_logits=x.sink is not None, group=x.q.shape[1] // x.k.shape[1], d=d, block_d=max(16, triton.next_power_of_2(d)),
         exact=x.q.dtype == torch.float32 or INTERPRETED, even=x.q.shape[2] % 128 == 0 and x.k.shape[2] % 128 == 0,
         deep=(o.window > 0 or o.near > 0 and o.causal) and x.pos_i is None and not select,
@@ -139,10 +140,12 @@ def numbers_of(x: Inputs, o: Options) -> Numbers:
     n_i, n_j = x.q.shape[2], x.k.shape[2]
     window = min(o.window, max(n_i, n_j)) if x.pos_i is None else o.window
     blocks = -(-n_i // 128) * 2
+    width = min(-(-(window - 1) // 64) + 1, blocks) if o.window else 0
+    # in pairs, so that a tile of 128 keys lies in front or in the band
+    front = min(-(-o.sinks // 128) * 2, blocks)
     return Numbers(
-        batch=x.q.shape[0], heads=x.q.shape[1], n_i=n_i, n_j=n_j, window=window, sinks=o.sinks, near=o.near, group=max(o.group,
-        1), scale=o.scale * LOG2E, cap=o.cap * LOG2E, blocks=blocks, width=min(-(-(window - 1) // 64) + 1,
-        blocks) if o.window else 0,
+        batch=x.q.shape[0], heads=x.q.shape[1], n_i=n_i, n_j=n_j, window=window, sinks=o.sinks, near=o.near,
+        group=max(o.group, 1), scale=o.scale * LOG2E, cap=o.cap * LOG2E, blocks=blocks, width=width, front=front,
     )  # fmt: skip
 
 

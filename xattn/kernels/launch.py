@@ -89,10 +89,14 @@ class _Call:
         """Segments of queries; with skipping, whole groups of `coarse` of them."""
         return -(-self.n.blocks // SEGMENT) * self.coarse
 
+    @property
+    def _band(self) -> tuple[int, int]:
+        """Tiles across the band of a window, and in front of it; 0 where the scratch holds all below the diagonal."""
+        return (self.n.width, self.n.front) if self.parts.band else (0, 0)
+
     def tiles_before(self, y: int, *, by_keys: bool) -> int:
         """Tiles of scratch in rows (or columns) before y."""
-        width = self.n.width if self.parts.band else 0
-        return rows_before(min(y, self.n.blocks), self.n.blocks, width, by_keys=by_keys)
+        return rows_before(min(y, self.n.blocks), self.n.blocks, *self._band, by_keys=by_keys)
 
     def chunks(self, tile_bytes: int, *, by_keys: bool) -> tuple[tuple[int, int], ...]:
         """Rows (or columns) of tiles, cut at segments so that a chunk's scratch fits the cap; one segment at least.
@@ -100,8 +104,9 @@ class _Call:
         What `scratch` gives from now on lies, chunk after chunk, in one place that is large enough for the largest: chunks differ
         a little in size, and an allocator would keep a block for each.
         """
-        width = self.n.width if self.parts.band else 0
-        chunks = cut_chunks(self.n.blocks, width, tile_bytes * self.n.batch, self.o.scratch_bytes, by_keys=by_keys, step=SEGMENT)
+        chunks = cut_chunks(
+            self.n.blocks, *self._band, tile_bytes * self.n.batch, self.o.scratch_bytes, by_keys=by_keys, step=SEGMENT
+        )
         self._spaces = {}
         self._most_tiles = max(self._tiles(first, last, by_keys=by_keys) for first, last in chunks)
         return chunks

@@ -4,8 +4,9 @@ A tile's 4096 numbers lie as 128 threads hold them, 8 contiguous ones a thread, 
 reshape land in the layout that the matrix unit leaves its sums in: no trip through shared memory. The arithmetic is right
 on any machine; only its speed depends on the layouts meeting.
 
-Only tiles at or below the diagonal exist, and with a window only those in its band. They lie row after row of queries, or
-column after column of keys; one spare tile in front and one behind take what masked corners touch.
+Only tiles at or below the diagonal exist, and with a window only those in its band and, in front of it, the columns that
+hold sink tokens. They lie row after row of queries, or column after column of keys; one spare tile in front and one behind
+take what masked corners touch.
 
 Letters: y rows of tiles (of queries, or of keys when BY_KEYS), x tiles across.
 """
@@ -21,35 +22,48 @@ SPARE = 1
 
 
 @triton.jit
+def _columns_before(kb, n, P: tl.constexpr):
+    """Tiles in the columns before kb, counted from the first: whole ones, or from the front on those of the band."""
+    whole = kb
+    if P.band:
+        whole = tl.minimum(kb, n.front)
+    before = whole * n.blocks - whole * (whole - 1) // 2
+    if P.band:
+        before += (kb - whole) * n.width
+    return before
+
+
+@triton.jit
 def slot(qb, kb, n, BY_KEYS: tl.constexpr, P: tl.constexpr):
     """Which tile of the scratch holds block qb of queries and kb of keys; n.first: the first row (or column) in it."""
     if BY_KEYS:
-        if P.band:
-            at = (kb - n.first) * n.width + qb - kb
-        else:
-            at = kb * n.blocks - kb * (kb - 1) // 2 - n.first * n.blocks + n.first * (n.first - 1) // 2 + qb - kb
+        at = _columns_before(kb, n, P) - _columns_before(n.first, n, P) + qb - kb
     elif P.band:
-        at = (qb - n.first) * n.width + kb - qb + n.width - 1
+        at = (qb - n.first) * (n.front + n.width)
+        at += tl.where(kb < n.front, kb, n.front + n.width - 1 + kb - qb)
     else:
         at = qb * (qb + 1) // 2 - n.first * (n.first + 1) // 2 + kb
     return tl.cast(at + 1, tl.int64)
 
 
-def rows_before(y: int, blocks: int, width: int, *, by_keys: bool) -> int:
-    """Tiles in the rows (or columns) before y, counted from the start; width 0: no band."""
-    if width:
-        return y * width
-    return y * blocks - y * (y - 1) // 2 if by_keys else y * (y + 1) // 2
+def rows_before(y: int, blocks: int, width: int, front: int, *, by_keys: bool) -> int:
+    """Tiles in the rows (or columns) before y, counted from the start; width 0: no band, and no columns in front of it."""
+    if not by_keys:
+        return y * (front + width) if width else y * (y + 1) // 2
+    whole = min(y, front) if width else y
+    return whole * blocks - whole * (whole - 1) // 2 + (y - whole) * width
 
 
 @lru_cache(maxsize=1024)
-def cut_chunks(blocks: int, width: int, tile_bytes: int, cap: int, *, by_keys: bool, step: int) -> tuple[tuple[int, int], ...]:
+def cut_chunks(
+    blocks: int, width: int, front: int, tile_bytes: int, cap: int, *, by_keys: bool, step: int
+) -> tuple[tuple[int, int], ...]:
     """Rows (or columns) of tiles in chunks that fit the cap where cuts at multiples of `step` allow it.
 
     As few as that takes, and even ones, for a small last one would leave processors idle.
     """
     cuts = [*range(0, blocks, step), blocks]
-    held = [rows_before(y, blocks, width, by_keys=by_keys) * tile_bytes for y in cuts]
+    held = [rows_before(y, blocks, width, front, by_keys=by_keys) * tile_bytes for y in cuts]
     count = max(1, -(-held[-1] // cap))
     while True:
         chosen = [0]
@@ -140,7 +154,7 @@ def put_by_queries(ptr, x, qb, kb, n, MASK: tl.constexpr, P: tl.constexpr):
         down, across, inside = _place(tl.arange(0, M * N), M, N, W)
         exists = kb + across <= qb + down
         if P.band:
-            exists = exists & (kb + across > qb + down - n.width)
+            exists = exists & ((kb + across > qb + down - n.width) | (kb + across < n.front))
         tl.store(at, packed, mask=exists)
     else:
         tl.store(at, packed)
