@@ -1,6 +1,7 @@
 """A call of a kind seen before launches the same kernels with the same constants, and a call of another kind does not."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from test_kernels import DEVICE, interpreter, spec_of  # noqa: F401
 from torch import Tensor
 
 from xattn.ops.attention import attend
+from xattn.ops.layout import Layout
 from xattn.ops.triton import scratch_limit
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -132,6 +134,35 @@ def test_a_call_that_broke_off_is_not_remembered(remembered: dict, monkeypatch: 
     assert not remembered
     call(attn_selective=True)
     assert len(remembered) == 2
+
+
+def test_kernels_are_launched_where_the_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xattn.kernels.autograd import on
+
+    entered: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device)))
+    for name in ("cpu", "cuda:0", "cuda:1"):
+        with on(torch.device(name)):
+            pass
+    assert entered == [torch.device("cuda:1")]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_gpu_runs_there() -> None:
+    spec = spec_of(attn_selective=True, rotary_pos_emb=True)
+    given = {name: t.float() for name, t in tensors(spec, 70, device="cpu").items()}
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        leaves = [given[name].to(device).requires_grad_() for name in ("q", "k", "v")]
+        out = attend(*leaves, spec=spec, backend="triton")
+        grads = torch.autograd.grad(out, leaves, given["dout"].to(device))
+        found.append([t.cpu() for t in (out.detach(), *grads)])
+        with torch.no_grad():
+            at = {"layout": Layout(torch.tensor([[69]], device=device)), "key_layout": Layout.plain(70, device)}
+            last = attend(leaves[0][:, :, -1:], *leaves[1:], spec=spec_of(), backend="triton", **at)
+        found[-1].append(last.cpu())
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
 def test_memory_of_kinds_is_bounded(remembered: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The kernels as custom operators of torch, with fake and autograd registrations: torch.compile goes through without a break."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -21,7 +22,15 @@ _LEARNED = ("q", "k", "v", "far_q", "ahead_q", "far_k", "sink")
 def _run(what, given, *results):
     """Call run_forward or run_backward on the operator's flat arguments."""
     inputs = Inputs(**dict(zip(_TENSORS, given, strict=False)))
-    return what(inputs, Options(**dict(zip(_OPTIONS, given[len(_TENSORS) :], strict=True))), *results)
+    with on(inputs.q.device):
+        return what(inputs, Options(**dict(zip(_OPTIONS, given[len(_TENSORS) :], strict=True))), *results)
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Within this kernels are launched where the tensors are: Triton's own choice is the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _backward(out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tensor | None, *given) -> list[Tensor]:
@@ -160,6 +169,7 @@ def _(q, k, v, *rest):
 def decode(inputs: Inputs, options: Options, more: Decoding) -> tuple[Tensor, Tensor]:
     """Attention of few queries, or of any number with carried votes; no gradient: see `run_decode`."""
     if not torch.compiler.is_compiling():
-        return run_decode(inputs, options, more)
+        with on(inputs.q.device):
+            return run_decode(inputs, options, more)
     given = [(inputs, _TENSORS), (options, _OPTIONS), (more, _DECODING)]
     return _decode(*(getattr(holder, name) for holder, names in given for name in names))
