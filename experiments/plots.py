@@ -11,6 +11,7 @@ from xattn.experiments.figure import Looks, panels, variant_legend
 from xattn.experiments.gather import Row, estimate, measure
 from xattn.experiments.plot_length import paint_length, paint_position
 from xattn.experiments.plot_loss import paint_loss
+from xattn.experiments.plot_passkey import paint_passkey
 from xattn.experiments.plot_task import paint_task
 from xattn.experiments.record import say
 from xattn.experiments.tables import MIB, pruned, pruned_measure, pruned_places
@@ -42,6 +43,8 @@ def draw(rows: Sequence[Row], folder: Path, *, curves: dict[str, dict[str, Curve
         ]
         about = {"rows": done, "looks": looks}
         pictures = [(name, _over_seeds(caption, done), partial(paint, **about)) for name, caption, paint in trained]
+        keys = _over_seeds("Planted keys found", done, shown="mean")
+        pictures.insert(3, ("passkey.png", keys, partial(paint_passkey, **about)))
     caption = "Memory of one sequence against its length"
     pictures.append(("memory_curve.png", caption, lambda figure: paint_curves(figure, rows, curves or {}, looks)))
     written = []
@@ -58,9 +61,9 @@ def _kv_bytes_caption(rows: Sequence[Row]) -> str:
     return f"{label.capitalize()} against KV bytes: {'lower' if judged == 'ppl' else 'upper'} left is better"
 
 
-def _over_seeds(caption: str, rows: Sequence[Row]) -> str:
+def _over_seeds(caption: str, rows: Sequence[Row], *, shown: str = "mean ± standard deviation") -> str:
     seeds = max(len(row.done) for row in rows)
-    return f"{caption} (mean ± standard deviation of {seeds} seeds)" if seeds > 1 else caption
+    return f"{caption} ({shown} of {seeds} seeds)" if seeds > 1 else caption
 
 
 def _picture(path: Path, caption: str, paint: Callable[[Any], bool]) -> bool:

@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from xattn.experiments import plot_length, plot_loss, plots
+from xattn.experiments import plot_length, plot_loss, plot_passkey, plots
 from xattn.experiments.figure import Looks
 from xattn.experiments.gather import Row, Run
 from xattn.experiments.schema import RunConfig, TrainerConfig
@@ -118,3 +118,19 @@ def test_twelve_variants_look_different_and_the_same_everywhere() -> None:
     looks = Looks(f"v{number}" for number in range(12))
     assert len({str(looks[f"v{number}"]) for number in range(12)}) == 12
     assert len({(looks[f"v{number}"]["color"], looks[f"v{number}"]["ls"]) for number in range(12)}) == 12, "told apart as lines"
+
+
+def test_planted_keys_are_a_panel_a_row_and_extension_of_means_over_seeds(tmp_path: Path) -> None:
+    made = [row(tmp_path, "dense", 0.2, 0.4, extensions=("yarn",)), row(tmp_path, "window", 0.0)]
+    for of_row in made:
+        for run in of_row.runs:
+            share = run.result["val"]["ppl"]
+            by_depth = {"0": {"accuracy": share}, "1": {"accuracy": 1.0}}
+            names = run.result["val_by_length"]
+            run.result["passkey"] = {name: {"16": by_depth, "32": {"error": "no room"}} for name in names}
+    figure = painted(plot_passkey.paint_passkey, made)
+    assert [ax.get_title(loc="left") for ax in figure.axes[:3]] == ["dense", "dense, yarn", "window"]
+    shown = figure.axes[0].images[0].get_array()
+    assert shown[0, 0] == pytest.approx(0.3) and shown[1, 0] == 1.0 and shown.mask[:, 1].all()
+    assert [text.get_text() for text in figure.axes[2].texts] == ["0.00", "-", "1.00", "-"]
+    assert not plot_passkey.paint_passkey(Figure(), [row(tmp_path / "other", "dense", 1.0)], Looks(["dense"]))
