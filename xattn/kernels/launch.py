@@ -16,7 +16,7 @@ from xattn.kernels.again import Launches
 from xattn.kernels.call import LOG2E, Inputs, Options, Parts, heads_last, laid_out, numbers_of, parts_of
 from xattn.kernels.scratch import SPARE, cut_chunks, rows_before
 from xattn.kernels.selection import SEGMENT, SKIP_SEGMENT
-from xattn.kernels.tiles import Tile, pair, small, tile
+from xattn.kernels.tiles import Tile, fitting, pair, small, tile
 
 # enough programs of the dQ kernel for the largest GPUs: four for each of 132 processors
 _PROGRAMS = 528
@@ -27,14 +27,14 @@ _KEPT = 32768
 class _Call:
     """What every launch of one call shares."""
 
-    def __init__(self, what: str, inputs: Inputs, options: Options, *more: Tensor | None) -> None:
+    def __init__(self, what: str, inputs: Inputs, options: Options, *more: Tensor | None, step: int) -> None:
         self.x, self.o = inputs.ready(), options
-        self.launch = Launches(what, options, *vars(self.x).values(), *more)
+        self.launch = Launches(what, step, options, *vars(self.x).values(), *more)
         self.parts, self.n = self.launch.once("call", lambda: (parts_of(self.x, options), numbers_of(self.x, options)))
         x, q = self.x, self.x.q
         self.size = {
             "block_d": self.parts.block_d, "itemsize": q.element_size(), "select": self.parts.select,
-            "extend": self.parts.extend > 0,
+            "extend": self.parts.extend > 0, "step": step,
         }  # fmt: skip
 
         def row(t: Tensor | None) -> int:
@@ -66,7 +66,7 @@ class _Call:
 
     def small(self, kernel: str) -> dict[str, int]:
         """How one of selection's own kernels is launched."""
-        size = {name: self.size[name] for name in ("block_d", "itemsize", "extend")}
+        size = {name: self.size[name] for name in ("block_d", "itemsize", "extend", "step")}
         return self.launch.once(kernel, lambda: small(kernel, **size))
 
     @cached_property
@@ -196,7 +196,11 @@ def carry_shape(b: int, n: int, *, select: bool, skip: bool) -> tuple[int, ...]:
 
 def run_forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """out (b h i d), base-2 log-sum-exp (b h i) float32, and what the backward can use again (`carry_shape`)."""
-    call = _Call("forward", inputs, options)
+    return fitting(_forward, inputs, options)
+
+
+def _forward(inputs: Inputs, options: Options, *, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call("forward", inputs, options, step=step)
     x, n = call.x, call.n
     b, h, n_i, d = x.q.shape
     out = heads_last(b, h, n_i, d, x.q)
@@ -239,10 +243,16 @@ def run_backward(
     inputs: Inputs, options: Options, out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> dict[str, Tensor]:
     """Gradients of q, k, v, far_q, ahead_q, far_k and sink, those that exist; dlse (b h i) is the log-sum-exp's gradient."""
+    return fitting(_backward, inputs, options, out, lse, carry, dout, dlse)
+
+
+def _backward(
+    inputs: Inputs, options: Options, out: Tensor, lse: Tensor, carry: Tensor, dout: Tensor, dlse: Tensor | None, *, step: int
+) -> dict[str, Tensor]:
     y = _Rows(
         out=out, dout=laid_out(dout), lse=lse, dlse=None if dlse is None else dlse.contiguous(), delta=torch.empty_like(lse)
     )
-    call = _Call("backward", inputs, options, *y, carry)
+    call = _Call("backward", inputs, options, *y, carry, step=step)
     x, n, parts = call.x, call.n, call.parts
     b, h, n_i, d = x.q.shape
     g, n_j = x.k.shape[1:3]

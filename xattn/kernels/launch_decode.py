@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xattn.kernels import decode
 from xattn.kernels.call import Inputs, Options, Parts, heads_last, numbers_of, parts_of
-from xattn.kernels.tiles import decode_tile
+from xattn.kernels.tiles import decode_tile, fitting
 
 # programs that the largest GPUs hold at once, two for each of 132 processors: one wave has no tail
 _PROGRAMS = 264
@@ -44,13 +44,17 @@ def splits(programs: int, keys: int) -> int:
 
 def run_decode(inputs: Inputs, options: Options, more: Decoding) -> tuple[Tensor, Tensor]:
     """out (b h i d), and the votes (b u j) float32 after each of the last u = rows queries; empty without a carry."""
+    return fitting(_decode, inputs, options, more)
+
+
+def _decode(inputs: Inputs, options: Options, more: Decoding, *, step: int) -> tuple[Tensor, Tensor]:
     # its kernels count in 64 bits, and a cache is not to be copied
     x = inputs.ready(reach=2**63)
     b, h, n_i, d = x.q.shape
     n_j, device = x.k.shape[2], x.q.device
     out = heads_last(b, h, n_i, d, x.q)
     if more.carry is None:
-        _attend(x, options, more, out, None)
+        _attend(x, options, more, out, None, step)
         return out, torch.empty(0, device=device)
     carry = more.carry.float().contiguous().clone()
     after = torch.empty(b, more.rows, n_j, device=device, dtype=torch.float32)
@@ -59,8 +63,8 @@ def run_decode(inputs: Inputs, options: Options, more: Decoding) -> tuple[Tensor
     for first in range(0, n_i, piece):
         part = slice(first, min(first + piece, n_i))
         some = _queries(x, part)
-        penalty = _count(some, options, more, carry, after, to_come=n_i - first)
-        _attend(some, options, more, out[:, :, part], penalty)
+        penalty = _count(some, options, more, carry, after, to_come=n_i - first, step=step)
+        _attend(some, options, more, out[:, :, part], penalty, step)
     return out, after
 
 
@@ -71,13 +75,14 @@ def _queries(x: Inputs, part: slice) -> Inputs:
     return replace(x, **heads, **places)
 
 
-def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, *, to_come: int) -> Tensor:
+def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, *, to_come: int, step: int) -> Tensor:
     """F (b i j) of these queries; `after` takes the votes after those of them that are among the last u of `to_come`."""
     b, _, n_i, _ = x.q.shape
     n_j = x.k.shape[2]
     P = parts_of(x, o)
     split = _split(more, P)
-    t = decode_tile("count", rows=n_i, block_d=P.block_d, itemsize=x.q.element_size(), extend=P.extend > 0, split=split)
+    size = {"block_d": P.block_d, "itemsize": x.q.element_size(), "extend": P.extend > 0, "split": split, "step": step}
+    t = decode_tile("count", rows=n_i, **size)
     P = P._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps, even=False)
     n = numbers_of(x, o)._replace(scale=o.scale, cap=o.cap)
     penalty = torch.empty(b, n_i, n_j, device=x.q.device, dtype=torch.float32)
@@ -94,14 +99,15 @@ def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, 
     return penalty
 
 
-def _attend(x: Inputs, o: Options, more: Decoding, out: Tensor, penalty: Tensor | None) -> None:
+def _attend(x: Inputs, o: Options, more: Decoding, out: Tensor, penalty: Tensor | None, step: int) -> None:
     """Fills out (b h i d)."""
     b, h, n_i, d = x.q.shape
     g, n_j = x.k.shape[1:3]
     P, n = parts_of(x, o), numbers_of(x, o)
     rows = n_i * P.group
     split = _split(more, P)
-    t = decode_tile("decode", rows=rows, block_d=P.block_d, itemsize=x.q.element_size(), extend=P.extend > 0, split=split)
+    size = {"block_d": P.block_d, "itemsize": x.q.element_size(), "extend": P.extend > 0, "split": split, "step": step}
+    t = decode_tile("decode", rows=rows, **size)
     P = P._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps, even=False)
     tiles = g * -(-rows // t.block_i)
     # of keys in order only those within the window are visited
