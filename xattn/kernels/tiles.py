@@ -136,8 +136,8 @@ def fitting(run: Callable, inputs: Any, options: Any, *more: Any) -> Any:
             if step == len(_SMALLER):
                 what = f"dim_head={q.shape[-1]} in {str(q.dtype).removeprefix('torch.')}"
                 raise UnsupportedFeature(
-                    f"attn_backend 'triton' does not fit this GPU with {what} and these flags: it needs {error.required:,} of "
-                    f"{error.name} and has {error.limit:,}; use attn_backend='reference', a smaller dim_head or fewer flags"
+                    f"attn_backend 'triton' does not fit this GPU with {what} and these flags ({error.name}: {error.required:,} "
+                    f"needed, {error.limit:,} there); use attn_backend='reference', a smaller dim_head or fewer flags"
                 ) from error
             _steps[kind] = step + 1
 
