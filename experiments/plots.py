@@ -33,18 +33,18 @@ def draw(rows: Sequence[Row], folder: Path, *, curves: dict[str, dict[str, Curve
     done = [row for row in rows if row.done]
     pictures: list[tuple[str, str, Callable[[Any], bool]]] = []
     if done:
+        over = partial(_over_seeds, rows=done)
         trained: list[tuple[str, str, Callable[[Any, Sequence[Row], Looks], bool]]] = [
-            ("loss.png", "Training loss against tokens seen", paint_loss),
-            ("task.png", "Answers right of all that were asked for", paint_task),
-            ("length.png", "Quality against evaluation length", paint_length),
-            ("position.png", "Loss by position in the longest evaluated context", paint_position),
-            ("memory.png", "Quality against memory: lower left is better", paint_memory),
-            ("kv_bytes.png", _kv_bytes_caption(done), paint_kv_bytes),
+            ("loss.png", over("Training loss against tokens seen"), paint_loss),
+            ("task.png", over("Answers right of all that were asked for"), paint_task),
+            ("length.png", over("Quality against evaluation length"), paint_length),
+            ("passkey.png", over("Planted keys found", shown="mean"), paint_passkey),
+            ("position.png", over("Loss by position in the longest evaluated context"), paint_position),
+            ("memory.png", over("Quality against memory: lower left is better"), paint_memory),
+            ("kv_bytes.png", over(_kv_bytes_caption(done)), paint_kv_bytes),
         ]
         about = {"rows": done, "looks": looks}
-        pictures = [(name, _over_seeds(caption, done), partial(paint, **about)) for name, caption, paint in trained]
-        keys = _over_seeds("Planted keys found", done, shown="mean")
-        pictures.insert(3, ("passkey.png", keys, partial(paint_passkey, **about)))
+        pictures = [(name, caption, partial(paint, **about)) for name, caption, paint in trained]
     caption = "Memory of one sequence against its length"
     pictures.append(("memory_curve.png", caption, lambda figure: paint_curves(figure, rows, curves or {}, looks)))
     written = []

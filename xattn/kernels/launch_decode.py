@@ -4,6 +4,7 @@ Letters: r splits, u the last queries whose votes are asked for.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -79,11 +80,7 @@ def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, 
     """F (b i j) of these queries; `after` takes the votes after those of them that are among the last u of `to_come`."""
     b, _, n_i, _ = x.q.shape
     n_j = x.k.shape[2]
-    P = parts_of(x, o)
-    split = _split(more, P)
-    size = {"block_d": P.block_d, "itemsize": x.q.element_size(), "extend": P.extend > 0, "split": split, "step": step}
-    t = decode_tile("count", rows=n_i, **size)
-    P = P._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps, even=False)
+    P, how = _tiled("count", x, o, more, rows=n_i, step=step)
     n = numbers_of(x, o)._replace(scale=o.scale, cap=o.cap)
     penalty = torch.empty(b, n_i, n_j, device=x.q.device, dtype=torch.float32)
     u = after.shape[1]
@@ -91,10 +88,10 @@ def _count(x: Inputs, o: Options, more: Decoding, carry: Tensor, after: Tensor, 
     mine = after[:, max(0, u - to_come) :]
     head, g = o.sim_head, o.sim_head // P.group
     far_q = None if x.far_q is None else x.far_q[:, head]
-    decode.count[(-(-n_j // t.block_j), b)](
+    decode.count[(-(-n_j // P.block_j), b)](
         x.q[:, head], x.k[:, g], far_q, more.turn, x.slopes, carry, penalty, mine, *_places(x, more),
         x.q.stride(0), x.q.stride(2), x.k.stride(0), x.k.stride(2), carry.stride(0), *penalty.stride()[:2], *mine.stride()[:2],
-        head, skipped, n, SPLIT=split, HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
+        head, skipped, n, P=P, **how,
     )  # fmt: skip
     return penalty
 
@@ -103,13 +100,9 @@ def _attend(x: Inputs, o: Options, more: Decoding, out: Tensor, penalty: Tensor 
     """Fills out (b h i d)."""
     b, h, n_i, d = x.q.shape
     g, n_j = x.k.shape[1:3]
-    P, n = parts_of(x, o), numbers_of(x, o)
-    rows = n_i * P.group
-    split = _split(more, P)
-    size = {"block_d": P.block_d, "itemsize": x.q.element_size(), "extend": P.extend > 0, "split": split, "step": step}
-    t = decode_tile("decode", rows=rows, **size)
-    P = P._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps, even=False)
-    tiles = g * -(-rows // t.block_i)
+    n, rows = numbers_of(x, o), n_i * (h // g)
+    P, how = _tiled("decode", x, o, more, rows=rows, step=step)
+    tiles = g * -(-rows // P.block_i)
     # of keys in order only those within the window are visited
     seen = min(n_j, o.sinks + n_i + (1 if o.causal else 2) * o.window) if more.plain and o.window else n_j
     r = splits(tiles * b, seen)
@@ -118,14 +111,24 @@ def _attend(x: Inputs, o: Options, more: Decoding, out: Tensor, penalty: Tensor 
     penalty_at = (0, 0) if penalty is None else penalty.stride()[:2]
     decode.decode[(r, tiles, b)](
         x.q, x.k, x.v, x.far_q, x.ahead_q, more.turn, part, lse, x.sink, x.slopes, penalty, x.dead, *_places(x, more),
-        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *part.stride()[:4], lse.stride(0), *penalty_at, n,
-        SPLIT=split, HALF=_half(more), PLAIN=more.plain, P=P, num_warps=t.warps, num_stages=t.stages,
+        *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *part.stride()[:4], lse.stride(0), *penalty_at, n, P=P, **how,
     )  # fmt: skip
     if r > 1:
         decode.merge[(n_i, h, b)](
             part, lse, out, part.stride(0), lse.stride(0), *out.stride()[:3], r, n, SPLITS=triton.next_power_of_2(r), P=P,
             num_warps=4,
         )  # fmt: skip
+
+
+def _tiled(kernel: str, x: Inputs, o: Options, more: Decoding, *, rows: int, step: int) -> tuple[Parts, dict[str, Any]]:
+    """A kernel's structure with its tile, and its other constants with how it is launched."""
+    P = parts_of(x, o)
+    split = _split(more, P)
+    t = decode_tile(
+        kernel, rows=rows, block_d=P.block_d, itemsize=x.q.element_size(), extend=P.extend > 0, split=split, step=step
+    )
+    how = {"SPLIT": split, "HALF": _half(more), "PLAIN": more.plain, "num_warps": t.warps, "num_stages": t.stages}
+    return P._replace(block_i=t.block_i, block_j=t.block_j, warps=t.warps, even=False), how
 
 
 def _half(more: Decoding) -> int:
