@@ -7,7 +7,7 @@ from xattn.experiments.figure import Looks, band, panels, variant_legend
 from xattn.experiments.gather import Estimate, Row, estimate
 from xattn.experiments.judge import AS_TRAINED
 from xattn.experiments.record import read_metrics
-from xattn.experiments.task_tables import distance_accuracies
+from xattn.experiments.task_tables import distance_accuracies, spans
 
 _Line = dict[float, Estimate]
 
@@ -65,8 +65,8 @@ def _pairs(row: Row) -> _Line:
 
 def _distances(row: Row) -> _Line:
     longest = max(row.first["task"][AS_TRAINED], key=int)
-    spans = [(b["first"], b["last"]) for b in row.first["task"][AS_TRAINED][longest].get("by_distance", [])]
-    return _line({span[0]: distance_accuracies(row, AS_TRAINED, int(longest), span).values() for span in spans})
+    found = [(b["first"], b["last"]) for b in spans(row.first["task"][AS_TRAINED][longest])]
+    return _line({span[0]: distance_accuracies(row, AS_TRAINED, int(longest), span).values() for span in found})
 
 
 def _line(values: dict[int, Any]) -> _Line:

@@ -7,6 +7,8 @@ from xattn.experiments.judge import AS_TRAINED
 from xattn.experiments.tables import Table, by_length_table, lengths_of, show
 
 NONE = "-"
+# of one run, at distances in one span: fewer say nothing
+_LEAST_ANSWERS = 10
 
 
 def task_tables(rows: Sequence[Row]) -> list[Table]:
@@ -50,15 +52,15 @@ def pairs_table(rows: Sequence[Row]) -> Table | None:
 def distance_table(rows: Sequence[Row]) -> Table | None:
     """One line a variant and extension, one column a span of distances, at the longest length; None where there is one span."""
     length = max(lengths_of(rows))
-    spans = sorted({(b["first"], b["last"]) for row in rows for by in _tasks(row, length).values() for b in _spans(by)})
-    if len(spans) < 2:
+    found = sorted({(b["first"], b["last"]) for row in rows for by in _tasks(row, length).values() for b in spans(by)})
+    if len(found) < 2:
         return None
 
     def cell(row: Row, extension: str, place: int) -> str:
-        return show(estimate(distance_accuracies(row, extension, length, spans[place]).values()), "{:.3f}")
+        return show(estimate(distance_accuracies(row, extension, length, found[place]).values()), "{:.3f}")
 
     title = f"Answers right by how many tokens back what decides them stands, at {length} tokens"
-    return _table(rows, [f"{low}-{high}" for low, high in spans], cell, title=title)
+    return _table(rows, [f"{low}-{high}" for low, high in found], cell, title=title)
 
 
 def distance_accuracies(row: Row, extension: str, length: int, span: tuple[int, int]) -> dict[int, float]:
@@ -66,7 +68,7 @@ def distance_accuracies(row: Row, extension: str, length: int, span: tuple[int, 
     found = {}
     for run in row.done:
         by = run.result["task"].get(extension, {}).get(str(length), {})
-        for bucket in _spans(by):
+        for bucket in spans(by):
             if (bucket["first"], bucket["last"]) == span:
                 found[run.config.seed] = bucket["accuracy"]
     return found
@@ -76,8 +78,9 @@ def _tasks(row: Row, length: int) -> dict[str, dict]:
     return {name: by.get(str(length), {}) for name, by in row.first["task"].items()}
 
 
-def _spans(by: dict) -> list[dict]:
-    return by.get("by_distance", [])
+def spans(by: dict) -> list[dict]:
+    """Of one length's scores, those by distance that enough answers stand behind."""
+    return [span for span in by.get("by_distance", []) if span["answers"] >= _LEAST_ANSWERS]
 
 
 def _table(rows: Sequence[Row], columns: list[str], cell: Callable[[Row, str, int], str], *, title: str) -> Table:

@@ -18,6 +18,7 @@ from xattn.experiments.compose import complete_model
 from xattn.experiments.data import Batch, Corpus, Seen, eval_blocks, train_batch
 from xattn.experiments.schema import TASKS, DataConfig, EvalConfig, PasskeyConfig, RunConfig, TaskConfig, TrainerConfig
 from xattn.experiments.sources import load_corpus
+from xattn.experiments.task_tables import spans
 
 CPU = torch.device("cpu")
 CONFIGS = {
@@ -137,6 +138,11 @@ def test_the_loss_is_of_the_answers_alone() -> None:
         xattn.AutoregressiveWrapper(model)(batch.ids_bn, target_mask=batch.counts_bn[:, 1:])
 
 
+def test_distances_of_few_answers_are_not_shown() -> None:
+    by = [{"first": 1, "last": 1, "accuracy": 1.0, "answers": 10}, {"first": 2, "last": 3, "accuracy": 0.0, "answers": 9}]
+    assert spans({"by_distance": by}) == by[:1] and spans({}) == []
+
+
 def test_accuracy_by_distance_and_exact_match_count_what_they_say() -> None:
     asked = torch.tensor([[0, 1, 0, 3], [0, 2, 8, 0]])
     batch = Batch(ids_bn=torch.zeros(2, 4, dtype=torch.int64), asked_bn=asked)
@@ -199,15 +205,16 @@ def test_a_setting_that_cannot_be_is_refused(config: RunConfig, says: str) -> No
 
 
 TINY = [
-    "isolate=false", "tracking.mode=disabled", "seed=0,1", "model.dim=16", "model.heads=2", "trainer.steps=4",
-    "trainer.seq_len=32", "trainer.batch_size=4", "trainer.threads=1", "trainer.device=cpu", "eval.tokens=512", "eval.every=2",
+    "+size=tiny", "isolate=false", "tracking.mode=disabled", "seed=0,1", "model.dim=16", "model.heads=2", "trainer.steps=4",
+    "trainer.seq_len=32", "trainer.batch_size=4", "trainer.threads=1", "trainer.device=cpu", "eval.tokens=2048", "eval.every=2",
+    "eval.length_factors=[1,2,4]",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_study_of_a_task_shows_its_accuracies(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["xattn-compare", f"+sweep=study/tasks_{name}", "dir=study", "plots=false", *TINY])
+    monkeypatch.setattr(sys, "argv", ["xattn-compare", f"+experiment=study/tasks_{name}", "dir=study", "plots=false", *TINY])
     seeds = [] if name == "mqar" else ["seed=0"]
     sys.argv += [*seeds, *(["plots=true"] if name == "mqar" else [])]
     with pytest.raises(SystemExit) as exit_:
