@@ -171,7 +171,8 @@ class Run:
             if section == "train":
                 from train_step import measure_on_gpu
 
-                measure_on_gpu(self.rows, budget_s=self.args.budget_s - self.seconds, dry=self.args.dry)
+                left, ahead = self.args.budget_s - self.seconds, self.args.jobs != 0
+                measure_on_gpu(self.rows, budget_s=left, dry=self.args.dry, ahead=ahead, scratch_mib=self.args.scratch_mib)
             else:
                 for case in self.cases(section):
                     if self.seconds > self.args.budget_s:

@@ -91,7 +91,7 @@ def shares(model: Any, ids: Tensor) -> list[dict[str, Any]]:
             votes[:, 0] = 0
             penalty = votes.cumsum(0) - votes
             # a tile is dead once its keys are dead for its first query
-            least = penalty[:: 64, :].unflatten(1, (blocks, 64)).amin(2)
+            least = penalty[::64, :].unflatten(1, (blocks, 64)).amin(2)
             for t in THRESHOLDS:
                 alive[t][0] += int(((penalty < t) & causal).sum())
                 alive[t][1] += int(((least < t) & below).sum())

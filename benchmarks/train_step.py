@@ -141,27 +141,32 @@ def gpu_step(name: str, seq_len: int, *, dry: bool, replay: bool = False) -> tup
 
 
 def measure_on_gpu(
-    rows: Rows, *, budget_s: float = 560, dry: bool = False, only: str = "", compile_only: bool = False, replay: bool = False
-) -> None:
-    """Tokens a second and peak memory of every variant at every length; a row each."""
+    rows: Rows, *, budget_s: float = 560, dry: bool = False, only: str = "", compile_only: bool = False, replay: bool = False,
+    ahead: bool = True, scratch_mib: int = 256,
+) -> None:  # fmt: skip
+    """Tokens a second and peak memory of every variant at every length; a row each. ahead: other processes compile first.
+
+    scratch_mib: what rows say of selection's cap, which the caller sets.
+    """
     start = time.monotonic()
     know_triton()
-    if not dry and not compile_only:
+    if ahead and not dry and not compile_only:
         compile_ahead()
     for seq_len in DRY_LENGTHS if dry else GPU_LENGTHS:
         for name in VARIANTS:
             if only not in f"{name} N{seq_len}":
                 continue
             tokens = DRY_TOKENS if dry else GPU_TOKENS
+            how = "eager" if dry else "compiled, replayed" if replay else "compiled"
             row = {"section": "train", "case": f"N{seq_len} B{tokens // seq_len}", "what": name, "n": seq_len, "pass": "step",
-                   "how": "eager" if dry else "compiled, replayed" if replay else "compiled"}  # fmt: skip
+                   "how": how, "scratch_mib": scratch_mib}  # fmt: skip
             if time.monotonic() - start > budget_s:
                 row["note"] = f"skipped: {budget_s:.0f} s are over"
             else:
                 row |= _measure(name, seq_len, tokens, dry=dry, compile_only=compile_only, replay=replay)
             rows.add(**row)
             print(f"train      {row['case']:12} {name:26} " + " ".join(f"{k}={row[k]}" for k in row if k not in (
-                "section", "case", "what", "n", "pass")), flush=True)  # fmt: skip
+                "section", "case", "what", "n", "pass", "scratch_mib")), flush=True)  # fmt: skip
             gpu.forget()
 
 
@@ -217,6 +222,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="with --gpu: variants whose name holds this, as in «selective N4096»")
     parser.add_argument("--replay", action="store_true", help="with --gpu: launches are replayed (mode «reduce-overhead»)")
     parser.add_argument("--scratch-mib", type=int, default=256, help="with --gpu: what selection may hold at once")
+    parser.add_argument("--no-ahead", action="store_true", help="with --gpu: no processes compile first; the caches are full")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.gpu:
@@ -226,7 +232,8 @@ def main() -> None:
         from xattn import scratch_limit
 
         with scratch_limit(args.scratch_mib * 2**20):
-            measure_on_gpu(Rows(file), dry=args.dry, only=args.only, compile_only=args.compile_only, replay=args.replay)
+            how = {"dry": args.dry, "compile_only": args.compile_only, "replay": args.replay, "ahead": not args.no_ahead}
+            measure_on_gpu(Rows(file), only=args.only, scratch_mib=args.scratch_mib, **how)
         return
     if args.peak:
         print(json.dumps(peak_bytes(*args.peak, args.seq_len)))
