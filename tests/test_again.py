@@ -1,5 +1,8 @@
 """A call of a kind seen before launches the same kernels with the same constants, and a call of another kind does not."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -172,3 +175,18 @@ def test_memory_of_kinds_is_bounded(remembered: dict, monkeypatch: pytest.Monkey
     for n in (16, 17, 18, 19):
         call(n)
     assert 0 < len(remembered) <= 4
+
+
+ORDERS = """
+import sys
+from xattn.kernels import again, backward, decode, forward
+again.name_kernels()
+kernels = [forward.forward, backward.find_dkdv, decode.decode]
+print(sorted((kernel.fn.__name__, kernel.cache_key) for kernel in kernels[:: int(sys.argv[1])]))
+"""
+
+
+def test_processes_find_what_others_compiled_whatever_they_began_with() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    names = {subprocess.check_output([sys.executable, "-c", ORDERS, step], env=env) for step in ("1", "-1")}
+    assert len(names) == 1 and b"forward" in names.pop()

@@ -244,8 +244,8 @@ def test_a_key_that_all_vote_against_is_forgotten_without_a_trace() -> None:
 def test_a_penalty_beyond_float16_is_no_infinity() -> None:
     spec, n = spec_of(heads=1, attn_selective=True), 260
     given = {name: t.to(HALF) * (1.0 if name == "v" else 30.0) for name, t in tensors(spec, n, batch=1, device=DEVICE).items()}
-    q, k, v = (given[name].requires_grad_() for name in ("q", "k", "v"))
-    _, carry = reference(q.double(), k.double(), v.double(), spec=spec, layout_i=Layout.plain(n), layout_j=Layout.plain(n))
+    q, k, v, at = *(given[name].requires_grad_() for name in ("q", "k", "v")), Layout.plain(n, DEVICE)
+    _, carry = reference(q.double(), k.double(), v.double(), spec=spec, layout_i=at, layout_j=at)
     assert float(carry.detach().max()) > 65504
     out = attend(q, k, v, spec=spec, backend="triton")
     assert all(bool(t.isfinite().all()) for t in (out, *torch.autograd.grad(out.sum(), (q, k, v))))

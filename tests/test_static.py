@@ -120,6 +120,7 @@ def test_a_step_never_waits_for_the_host_and_moves_no_storage(kind: str, rows: s
     assert homes == [t.data_ptr() for t in step.static.stores()]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("kind", ["mix", "budget", "self_extend"])
 def test_compiled_whole_a_step_says_the_same(kind: str) -> None:
     flags, options = KINDS[kind]

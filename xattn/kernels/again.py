@@ -6,11 +6,13 @@ the launch itself. A call of the same shapes calls for the same kernels, so that
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import triton
 from torch import Tensor
 
-from xattn.kernels import tiles
+from xattn.kernels import backward, decode, forward, scratch, selection, stages, tiles, walk
 from xattn.kernels.call import INTERPRETED
 
 # kinds of calls that are remembered; where every call has a length of its own, they would fill memory
@@ -47,6 +49,7 @@ class Launches:
             found, constants = next(self._again)
             found[grid](*args, *constants)
             return
+        name_kernels()
         found = kernel[grid](*args, **named)
         if self._key is not None:
             self._kind.launches.append((found, tuple(named[name] for name in kernel.arg_names[len(args) :])))
@@ -64,6 +67,19 @@ class Launches:
             if len(_known) >= _MOST:
                 _known.clear()
             _known[self._key] = self._kind
+
+
+@cache
+def name_kernels() -> None:
+    """Ask for the names under which Triton keeps compiled kernels on disk, of helpers first.
+
+    Triton 3.6 gives a kernel one name or another by whether its helpers had theirs, so that a process would find what another
+    compiled only where both began with the same kernels.
+    """
+    for module in (stages, walk, scratch, forward, backward, selection, decode):
+        for helper in vars(module).values():
+            if isinstance(helper, triton.JITFunction) and helper.fn.__module__ == module.__name__:
+                helper.cache_key  # noqa: B018
 
 
 def _layout(x: Any) -> Any:

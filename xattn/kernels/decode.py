@@ -18,6 +18,7 @@ from xattn.kernels.stages import (
     NEAR,
     allowed,
     bury,
+    divide,
     logits,
     modify,
     normalise,
@@ -258,7 +259,7 @@ def merge(
     total = tl.sum(share_r, 0)
     part_at = at * D + (r * tl.cast(part_r, tl.int64))[:, None] + d[None, :]
     part_rd = tl.load(part_ptr + part_at, mask=(r < splits)[:, None] & (d < D)[None, :], other=0.0)
-    out_d = tl.sum(part_rd * share_r[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    out_d = divide(tl.sum(part_rd * share_r[:, None], 0), tl.where(total == 0.0, 1.0, total), P)
     out_at = out_ptr + b * out_b + h * out_h + tl.cast(i, tl.int64) * out_i + d
     tl.store(out_at, out_d.to(out_ptr.dtype.element_ty), mask=d < D)
 
