@@ -206,7 +206,7 @@ def test_a_setting_that_cannot_be_is_refused(config: RunConfig, says: str) -> No
 
 TINY = [
     "+size=tiny", "isolate=false", "tracking.mode=disabled", "seed=0,1", "model.dim=16", "model.heads=2", "trainer.steps=4",
-    "trainer.seq_len=32", "trainer.batch_size=4", "trainer.threads=1", "trainer.device=cpu", "eval.tokens=2048", "eval.every=2",
+    "trainer.seq_len=32", "trainer.batch_size=4", "trainer.threads=1", "trainer.device=cpu", "eval.tokens=512", "eval.every=2",
     "eval.length_factors=[1,2,4]",
 ]  # fmt: skip
 
@@ -216,7 +216,7 @@ def test_a_study_of_a_task_shows_its_accuracies(name: str, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["xattn-compare", f"+experiment=study/tasks_{name}", "dir=study", "plots=false", *TINY])
     seeds = [] if name == "mqar" else ["seed=0"]
-    sys.argv += [*seeds, *(["plots=true"] if name == "mqar" else [])]
+    sys.argv += [*seeds, *(["plots=true", "eval.tokens=2048"] if name == "mqar" else [])]
     with pytest.raises(SystemExit) as exit_:
         compare.main()
     assert exit_.value.code == 0

@@ -31,6 +31,8 @@ from xattn.spec.model import AttentionSpec
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 HALF = torch.bfloat16 if CUDA else torch.float16
+# more than two tiles; more than one where every tile is interpreted
+LONG = 130 if CUDA else 100
 # the interpreter multiplies infinities that kernels mask
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
 
@@ -118,7 +120,7 @@ TURNS = [
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_every_case_equals_the_definition(case: Case) -> None:
-    check(without_dropout(case), 130)
+    check(without_dropout(case), LONG)
 
 
 @pytest.mark.parametrize(("case", "seating"), TURNS, ids=lambda x: str(x))
@@ -128,7 +130,7 @@ def test_every_case_equals_the_definition_wherever_its_tokens_sit(case: Case, se
 
 @pytest.mark.parametrize("name", ["plain", "selective_rotary", "everything", "encoder_window_sinks"])
 def test_half_precision_equals_the_definition(name: str) -> None:
-    check(without_dropout(CASES[name]), 130, dtype=HALF)
+    check(without_dropout(CASES[name]), LONG, dtype=HALF)
 
 
 @pytest.mark.parametrize("n", [1, 17, 63, 64, 127, 257])
@@ -168,7 +170,7 @@ def test_tiles_of_every_size_give_the_same(tile: tuple[int, ...], flags: dict[st
 
     chosen = tiles.Tile(*tile)
     with tiles.override(forward=chosen, dkdv=chosen, dq=chosen):
-        check(spec_of(heads=1, **flags), 260)
+        check(spec_of(heads=1, **flags), 2 * LONG)
 
 
 @pytest.mark.parametrize("seating", ["plain", "packed_padded", "left_pad"])
@@ -178,7 +180,7 @@ def test_small_tiles_without_selection(seating: str) -> None:
     chosen = tiles.Tile(16, 32, 4, 1)
     with tiles.override(forward=chosen, dkdv=chosen, dq=chosen):
         for flags in ({"sliding_window": 30, "sink_tokens": 3}, {"causal": False, "sliding_window": 9}):
-            check(spec_of(heads=1, **flags), 150, seating=seating, batch=2)
+            check(spec_of(heads=1, **flags), LONG, seating=seating, batch=2)
 
 
 # Selection
@@ -228,10 +230,10 @@ def test_scratch_of_a_window_is_its_band_and_its_sinks(monkeypatch: pytest.Monke
         return found
 
     monkeypatch.setattr(launch._Call, "scratch", watch)
-    for sinks, by_rows, by_columns in ((0, 18 * 3, 18 * 3), (5, 18 * 5, 18 + 17 + 16 * 3)):
+    for sinks, by_rows, by_columns in ((0, 10 * 3, 10 * 3), (5, 10 * 5, 10 + 9 + 8 * 3)):
         tiles.clear()
         with scratch_limit(2**30):
-            check(spec_of(heads=1, attn_selective=True, sliding_window=90, sink_tokens=sinks or None), 1100)
+            check(spec_of(heads=1, attn_selective=True, sliding_window=90, sink_tokens=sinks or None), 600)
         assert set(tiles) == {by_rows, by_columns}
 
 
@@ -259,7 +261,7 @@ def test_large_logits_stay_finite() -> None:
 
 def test_two_runs_agree_to_the_bit() -> None:
     spec = without_dropout(CASES["everything"])
-    one, two = (check(spec, 150, dtype=HALF) for _ in range(2))
+    one, two = (check(spec, LONG, dtype=HALF) for _ in range(2))
     assert all(one[name].equal(two[name]) for name in one)
 
 
