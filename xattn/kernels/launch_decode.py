@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from xattn.kernels import decode
+from xattn.kernels.again import name_kernels
 from xattn.kernels.call import Inputs, Options, Parts, heads_last, numbers_of, parts_of
 from xattn.kernels.tiles import decode_tile, fitting
 
@@ -45,6 +46,7 @@ def splits(programs: int, keys: int) -> int:
 
 def run_decode(inputs: Inputs, options: Options, more: Decoding) -> tuple[Tensor, Tensor]:
     """out (b h i d), and the votes (b u j) float32 after each of the last u = rows queries; empty without a carry."""
+    name_kernels()
     return fitting(_decode, inputs, options, more)
 
 
